@@ -1,0 +1,55 @@
+//! Activation functions under transformers' names (`ACT2FN`), and the nodes that compute them.
+
+use crate::error::{Error, Result};
+use crate::graph::{Attribute, GraphBuilder, Value};
+
+/// An elementwise activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Activation {
+    /// `x * Phi(x)`.
+    Gelu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+    /// `x * sigmoid(1.702 x)`, OpenAI CLIP's.
+    QuickGelu,
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+impl Activation {
+    /// # Errors
+    /// [`Error::Unsupported`] naming `setting` and the function.
+    pub(crate) fn parse(setting: &str, name: &str) -> Result<Self> {
+        match name {
+            "gelu" => Ok(Self::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Self::GeluTanh),
+            "quick_gelu" => Ok(Self::QuickGelu),
+            "silu" | "swish" => Ok(Self::Silu),
+            "relu" => Ok(Self::Relu),
+            other => Err(Error::unsupported(
+                setting,
+                format!("`{other}`"),
+                "supported are gelu, gelu_new, gelu_pytorch_tanh, quick_gelu, silu and relu",
+            )),
+        }
+    }
+
+    /// `x * sigmoid(alpha x)` is one fused operator in ONNX Runtime, for CLIP's alpha and SiLU's alike.
+    pub(crate) fn build(self, graph: &mut GraphBuilder<'_>, name: &str, x: &Value) -> Value {
+        match self {
+            Self::Gelu => graph.node("Gelu", &format!("{name}/Gelu"), &[x], vec![]),
+            Self::GeluTanh => {
+                graph.node("Gelu", &format!("{name}/Gelu"), &[x], vec![("approximate", Attribute::Text("tanh"))])
+            }
+            Self::QuickGelu => quick_gelu(graph, name, x, 1.702),
+            Self::Silu => quick_gelu(graph, name, x, 1.0),
+            Self::Relu => graph.node("Relu", &format!("{name}/Relu"), &[x], vec![]),
+        }
+    }
+}
+
+fn quick_gelu(graph: &mut GraphBuilder<'_>, name: &str, x: &Value, alpha: f32) -> Value {
+    graph.contrib_node("QuickGelu", &format!("{name}/QuickGelu"), &[x], vec![("alpha", Attribute::Float(alpha))])
+}

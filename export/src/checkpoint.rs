@@ -1,0 +1,325 @@
+//! Opens a checkpoint folder: `config.json` plus safetensors shards, and finds the model's tensors in them whatever
+//! their naming.
+//!
+//! Shards are mapped, never read whole: a tensor streams out in blocks and its pages are released afterwards.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::graph::hex;
+
+/// Elements converted at a time: 4 MiB of f32.
+const BLOCK_ELEMENTS: usize = 1 << 20;
+
+/// A part of the model, whose tensors share a prefix in the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    VisionTower,
+    Projector,
+    Decoder,
+    LmHead,
+}
+
+impl Part {
+    const ALL: [Self; 4] = [Self::VisionTower, Self::Projector, Self::Decoder, Self::LmHead];
+
+    /// Prefixes met in the wild, and a tensor that every such part has.
+    fn prefixes(self) -> (&'static [&'static str], &'static str) {
+        match self {
+            Self::VisionTower => (
+                &[
+                    "vision_tower.vision_model.",
+                    "vision_tower.",
+                    "model.vision_tower.vision_model.",
+                    "model.vision_tower.",
+                ],
+                "embeddings.class_embedding",
+            ),
+            Self::Projector => (&["multi_modal_projector.", "model.multi_modal_projector."], "linear_1.weight"),
+            Self::Decoder => (
+                &["language_model.model.", "model.language_model.", "model.language_model.model.", "language_model."],
+                "embed_tokens.weight",
+            ),
+            Self::LmHead => (&["lm_head.", "language_model.lm_head.", "model.language_model.lm_head."], "weight"),
+        }
+    }
+}
+
+struct Location {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Byte range within the shard file.
+    start: usize,
+    end: usize,
+}
+
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+/// A checkpoint folder, opened.
+pub(crate) struct Checkpoint {
+    pub(crate) folder: PathBuf,
+    pub(crate) config: Value,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Location>,
+    prefixes: Vec<(Part, String)>,
+    used: RefCell<BTreeSet<String>>,
+    fingerprint: String,
+}
+
+impl Checkpoint {
+    /// Reads the configuration and the shards' headers; no weight is touched.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        let config_path = folder.join("config.json");
+        if !config_path.is_file() {
+            return Err(Error::MissingFile {
+                checkpoint: folder.to_owned(),
+                what: "config.json",
+                hint: "give the folder of a transformers checkpoint: config.json, *.safetensors, tokenizer.json",
+            });
+        }
+        let config_bytes = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
+        let config = parse_json(&config_path, &config_bytes)?;
+        let mut fingerprint = Sha256::new();
+        fingerprint.update(&config_bytes);
+
+        let mut shards = Vec::new();
+        let mut tensors = BTreeMap::new();
+        for path in shard_paths(folder)? {
+            let file = File::open(&path).map_err(Error::io("open", &path))?;
+            // SAFETY: the mapping is read-only; the checkpoint is not expected to change while it is exported, and its
+            // header is checked against the file's length below.
+            let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+            let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
+                .map_err(|reason| Error::InvalidSafetensors { path: path.clone(), reason: reason.to_string() })?;
+            let data_start = header_bytes + size_of::<u64>();
+            fingerprint.update(&map[..data_start]);
+            for (name, info) in metadata.tensors() {
+                let location = Location {
+                    shard: shards.len(),
+                    dtype: info.dtype,
+                    shape: info.shape.clone(),
+                    start: data_start + info.data_offsets.0,
+                    end: data_start + info.data_offsets.1,
+                };
+                tensors.insert(name, location);
+            }
+            shards.push(Shard { path, map });
+        }
+        let prefixes = Part::ALL
+            .into_iter()
+            .filter_map(|part| {
+                let (prefixes, probe) = part.prefixes();
+                let prefix = prefixes.iter().find(|prefix| tensors.contains_key(&format!("{prefix}{probe}")))?;
+                Some((part, (*prefix).to_owned()))
+            })
+            .collect();
+        Ok(Self {
+            folder: folder.to_owned(),
+            config,
+            shards,
+            tensors,
+            prefixes,
+            used: RefCell::default(),
+            fingerprint: hex(&fingerprint.finalize()),
+        })
+    }
+
+    /// SHA-256 over the configuration and the shards' headers: names, types, shapes and places of all tensors.
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    pub(crate) fn has(&self, part: Part) -> bool {
+        self.prefixes.iter().any(|(known, _)| *known == part)
+    }
+
+    /// Full name of `name` within `part`, as this checkpoint spells it.
+    fn full_name(&self, part: Part, name: &str) -> String {
+        match self.prefixes.iter().find(|(known, _)| *known == part) {
+            Some((_, prefix)) => format!("{prefix}{name}"),
+            None => format!("{}{name}", part.prefixes().0[0]),
+        }
+    }
+
+    /// The tensor `name` of `part`, checked against the shape that the configuration implies.
+    pub(crate) fn tensor(&self, part: Part, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
+        let name = self.full_name(part, name);
+        let Some(location) = self.tensors.get(&name) else { return Err(Error::MissingTensor { name }) };
+        if location.shape != shape {
+            return Err(Error::ShapeMismatch { name, expected: shape.to_vec(), found: location.shape.clone() });
+        }
+        if !matches!(location.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(Error::UnsupportedDtype { name, found: format!("{:?}", location.dtype).to_lowercase() });
+        }
+        self.used.borrow_mut().insert(name.clone());
+        Ok(StoredTensor { name, location, shard: &self.shards[location.shard] })
+    }
+
+    /// Fails when the checkpoint holds tensors that nothing asked for, other than those a LLaVA is known to carry
+    /// unused: tower layers past the selected one, the tower's last norm, buffers of old versions, a tied head.
+    pub(crate) fn refuse_unused(&self) -> Result<()> {
+        let used = self.used.borrow();
+        let tower = self.full_name(Part::VisionTower, "");
+        let is_known = |name: &str| {
+            name.strip_prefix(&tower).is_some_and(|rest| {
+                rest.starts_with("post_layernorm.")
+                    || rest.starts_with("encoder.layers.")
+                    || rest.ends_with("position_ids")
+            }) || name.ends_with("rotary_emb.inv_freq")
+                || name == self.full_name(Part::LmHead, "weight")
+        };
+        let unused: Vec<&str> =
+            self.tensors.keys().map(String::as_str).filter(|name| !used.contains(*name) && !is_known(name)).collect();
+        if unused.is_empty() {
+            return Ok(());
+        }
+        let mut names = unused.iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        if unused.len() > 4 {
+            names.push_str(", …");
+        }
+        Err(Error::UnexpectedTensors { count: unused.len(), names })
+    }
+
+    /// A JSON file of the checkpoint, if it is there.
+    pub(crate) fn json(&self, name: &str) -> Result<Option<Value>> {
+        let path = self.folder.join(name);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        parse_json(&path, &bytes).map(Some)
+    }
+}
+
+fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+    serde_json::from_slice(bytes)
+        .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })
+}
+
+/// The shards of a checkpoint: those its index names, or the one file.
+fn shard_paths(folder: &Path) -> Result<Vec<PathBuf>> {
+    let index = folder.join("model.safetensors.index.json");
+    if index.is_file() {
+        let bytes = std::fs::read(&index).map_err(Error::io("read", &index))?;
+        let json = parse_json(&index, &bytes)?;
+        let invalid = |reason: String| Error::InvalidConfig { path: index.clone(), reason };
+        let map = json
+            .get("weight_map")
+            .and_then(Value::as_object)
+            .ok_or_else(|| invalid("expected an object `weight_map`".to_owned()))?;
+        let mut names = BTreeSet::new();
+        for file in map.values() {
+            let name = file.as_str().unwrap_or_default();
+            if name.is_empty() || name.contains(['/', '\\']) {
+                return Err(invalid(format!("expected the name of a file in this folder, got {file}")));
+            }
+            names.insert(name);
+        }
+        return Ok(names.into_iter().map(|name| folder.join(name)).collect());
+    }
+    let single = folder.join("model.safetensors");
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    Err(Error::MissingFile {
+        checkpoint: folder.to_owned(),
+        what: "model.safetensors or model.safetensors.index.json",
+        hint: "only safetensors checkpoints export; convert others with transformers' `save_pretrained`",
+    })
+}
+
+/// A tensor in a mapped shard.
+pub(crate) struct StoredTensor<'a> {
+    name: String,
+    location: &'a Location,
+    shard: &'a Shard,
+}
+
+impl StoredTensor<'_> {
+    pub(crate) fn shape(&self) -> &[usize] {
+        &self.location.shape
+    }
+
+    pub(crate) fn num_elements(&self) -> usize {
+        self.location.shape.iter().product()
+    }
+
+    /// Hands the values to `sink` as little-endian f32 bytes, block by block, then releases the file's pages.
+    pub(crate) fn stream_f32(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let bytes = &self.shard.map[self.location.start..self.location.end];
+        let mut num_non_finite = 0;
+        let mut converted = Vec::new();
+        let element_bytes = if self.location.dtype == Dtype::F32 { 4 } else { 2 };
+        for block in bytes.chunks(BLOCK_ELEMENTS * element_bytes) {
+            match self.location.dtype {
+                Dtype::F32 => {
+                    num_non_finite += count_non_finite(block);
+                    sink(block)?;
+                }
+                Dtype::F16 => {
+                    widen(block, |bits| f16::from_bits(bits).to_f32(), &mut converted);
+                    num_non_finite += count_non_finite(&converted);
+                    sink(&converted)?;
+                }
+                _ => {
+                    widen(block, |bits| bf16::from_bits(bits).to_f32(), &mut converted);
+                    num_non_finite += count_non_finite(&converted);
+                    sink(&converted)?;
+                }
+            }
+        }
+        #[cfg(unix)]
+        {
+            // SAFETY: the mapping is read-only and backed by the file, so dropping its pages loses nothing: a later
+            // access reads them again.
+            let released = unsafe {
+                self.shard.map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    self.location.start,
+                    self.location.end - self.location.start,
+                )
+            };
+            released.map_err(Error::io("release", &self.shard.path))?;
+        }
+        if num_non_finite > 0 {
+            return Err(Error::NonFiniteWeight { name: self.name.clone(), count: num_non_finite });
+        }
+        Ok(())
+    }
+
+    /// All values, for tensors small enough to hold.
+    pub(crate) fn read_f32(&self) -> Result<Vec<f32>> {
+        let mut values = Vec::with_capacity(self.num_elements());
+        self.stream_f32(&mut |block| {
+            values.extend(floats(block));
+            Ok(())
+        })?;
+        Ok(values)
+    }
+}
+
+fn widen(block: &[u8], convert: impl Fn(u16) -> f32, converted: &mut Vec<u8>) {
+    converted.clear();
+    converted.extend(block.as_chunks::<2>().0.iter().flat_map(|bits| convert(u16::from_le_bytes(*bits)).to_le_bytes()));
+}
+
+fn floats(block: &[u8]) -> impl Iterator<Item = f32> + '_ {
+    block.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes))
+}
+
+fn count_non_finite(block: &[u8]) -> usize {
+    floats(block).filter(|value| !value.is_finite()).count()
+}

@@ -1,0 +1,150 @@
+//! Everything that can stop an export, named by cause, with what to do about it.
+
+use std::path::{Path, PathBuf};
+
+/// Why an export stopped. `Display` is one line; [`Error::hint`] says what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read, created, written or renamed.
+    #[error("{action} `{path}`: {source}")]
+    Io {
+        /// What was being done, such as `read`.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A file that every checkpoint has is missing.
+    #[error("checkpoint `{checkpoint}` has no {what}")]
+    MissingFile {
+        /// The checkpoint folder.
+        checkpoint: PathBuf,
+        /// What is missing.
+        what: &'static str,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A folder has no manifest.
+    #[error("`{path}` is not a bundle: it has no manifest.json")]
+    NotABundle {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A JSON file does not parse or a field has an unexpected type or value.
+    #[error("`{path}`: {reason}")]
+    InvalidConfig {
+        /// The JSON file.
+        path: PathBuf,
+        /// What is wrong in it.
+        reason: String,
+    },
+    /// The checkpoint asks for something this exporter does not build.
+    #[error("{what} is not supported: {found}")]
+    Unsupported {
+        /// The setting's name, as the config spells it.
+        what: String,
+        /// The value found.
+        found: String,
+        /// What would work.
+        hint: String,
+    },
+    /// A safetensors file is damaged.
+    #[error("`{path}` is not a whole safetensors file: {reason}")]
+    InvalidSafetensors {
+        /// The shard.
+        path: PathBuf,
+        /// What the parser said.
+        reason: String,
+    },
+    /// A tensor that the configuration calls for is not there.
+    #[error("checkpoint has no tensor `{name}`")]
+    MissingTensor {
+        /// The full name looked for.
+        name: String,
+    },
+    /// Tensors that no part of the model uses.
+    #[error("checkpoint has {count} tensor(s) that the model does not use: {names}")]
+    UnexpectedTensors {
+        /// How many.
+        count: usize,
+        /// The first few names.
+        names: String,
+    },
+    /// A tensor's shape differs from what the configuration implies.
+    #[error("tensor `{name}`: expected shape {expected:?}, got {found:?}")]
+    ShapeMismatch {
+        /// The tensor.
+        name: String,
+        /// Shape from the configuration.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        found: Vec<usize>,
+    },
+    /// A tensor is stored in a type that is not a float.
+    #[error("tensor `{name}`: expected f32, f16 or bf16, got {found}")]
+    UnsupportedDtype {
+        /// The tensor.
+        name: String,
+        /// The stored type.
+        found: String,
+    },
+    /// A weight is NaN or infinite.
+    #[error("tensor `{name}` holds {count} NaN or infinite value(s)")]
+    NonFiniteWeight {
+        /// The tensor.
+        name: String,
+        /// How many values.
+        count: usize,
+    },
+    /// The output folder exists.
+    #[error("output folder `{path}` exists")]
+    OutputExists {
+        /// The folder.
+        path: PathBuf,
+        /// What to do.
+        hint: &'static str,
+    },
+}
+
+impl Error {
+    /// What the user can do about it, if there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::MissingFile { hint, .. } | Self::OutputExists { hint, .. } => Some((*hint).to_owned()),
+            Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
+            Self::NotABundle { .. } => {
+                Some("make one with `recaption export CHECKPOINT_DIR --out BUNDLE_DIR`".to_owned())
+            }
+            Self::InvalidSafetensors { .. } => {
+                Some("the download may have been cut off; fetch the file again and compare its size".to_owned())
+            }
+            Self::MissingTensor { .. } => {
+                Some("check that every shard named in model.safetensors.index.json is there".to_owned())
+            }
+            Self::ShapeMismatch { .. } => Some("config.json and the weights do not belong together".to_owned()),
+            Self::UnexpectedTensors { .. } => Some(
+                "this may be another architecture (LLaVA-NeXT, a LoRA adapter); only LLaVA-1.5 checkpoints export"
+                    .to_owned(),
+            ),
+            Self::NonFiniteWeight { .. } => {
+                Some("the checkpoint is damaged or was saved after a diverged training run".to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    pub(crate) fn unsupported(what: &str, found: impl ToString, hint: &str) -> Self {
+        Self::Unsupported { what: what.to_owned(), found: found.to_string(), hint: hint.to_owned() }
+    }
+}
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,201 @@
+//! Writes LLaVA checkpoints as ONNX bundles, straight from the weights.
+//!
+//! [`export`] reads top to bottom as the steps: open the checkpoint, check its configuration, describe three graphs
+//! (vision tower, projector, decoder), stream their weights to disk, write the manifest. Nothing is traced and no
+//! tensor is held whole, so memory does not grow with the model.
+
+mod activation;
+mod checkpoint;
+mod config;
+mod decoder;
+mod error;
+mod graph;
+mod linear;
+mod manifest;
+mod processor_config;
+mod projector;
+pub mod proto;
+mod rope;
+mod tokenizer_files;
+mod vision_tower;
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+pub use crate::decoder::{IMAGE_INDEX_PADDING, IMAGE_INDEX_TEXT};
+pub use crate::error::{Error, Result};
+pub use crate::graph::{DataType, Dim};
+pub use crate::manifest::{
+    BundleFile, BundleKind, DecoderDims, FILE_NAME as MANIFEST_FILE, FORMAT_VERSION, GraphFile, Graphs, Manifest,
+    PixelLayout, PixelValues, Precision, PromptSettings, Source, Target, TensorSpec, VisionDims,
+};
+pub use crate::processor_config::{Filter, Geometry, Preprocessing, ProcessorConfigError, Resize};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::LlavaConfig;
+use crate::graph::{hex, write_hashed};
+use crate::tokenizer_files::TokenizerFiles;
+
+/// What to export and how.
+#[derive(Clone, Debug)]
+pub struct ExportOptions {
+    /// Precision of the weights.
+    pub precision: Precision,
+    /// Operators to build the graphs from.
+    pub target: Target,
+    /// `tokenizer.json`, or a folder that has one, for checkpoints without.
+    pub tokenizer: Option<PathBuf>,
+    /// Replace a bundle that stands at the output folder.
+    pub overwrite: bool,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        Self { precision: Precision::Fp32, target: Target::Ort, tokenizer: None, overwrite: false }
+    }
+}
+
+/// Exports the checkpoint in `checkpoint_folder` to a bundle at `bundle_folder`.
+///
+/// The bundle is written under a temporary name beside `bundle_folder` and renamed when it is whole.
+///
+/// # Errors
+/// Everything unsupported or missing is reported before the first file is written; see [`Error`].
+pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOptions) -> Result<Manifest> {
+    let output = OutputFolder::check(bundle_folder, options.overwrite)?;
+    let checkpoint = Checkpoint::open(checkpoint_folder)?;
+    let config = LlavaConfig::from_json(&checkpoint.config, &checkpoint_folder.join("config.json"))?;
+    let text = TokenizerFiles::read(&checkpoint, &config, options.tokenizer.as_deref())?;
+    let preprocessing = processor_config::read(&checkpoint, config.vision.image_size)?;
+    let vision_tower = vision_tower::build(&checkpoint, &config.vision)?;
+    let projector = projector::build(&checkpoint, &config)?;
+    let decoder = decoder::build(&checkpoint, &config.decoder)?;
+    checkpoint.refuse_unused()?;
+
+    let staging = output.stage()?;
+    let mut files = vec![write_hashed(staging.path(), "tokenizer.json", &text.tokenizer)?];
+    let mut write = |graph: graph::GraphBuilder<'_>| {
+        let written = graph.write(staging.path())?;
+        files.extend(written.files);
+        Ok(written.graph)
+    };
+    let graphs = Graphs { vision_tower: write(vision_tower)?, projector: write(projector)?, decoder: write(decoder)? };
+    let manifest = Manifest {
+        format_version: manifest::FORMAT_VERSION,
+        kind: BundleKind::Llava,
+        producer: concat!("recaption ", env!("CARGO_PKG_VERSION")).to_owned(),
+        source: Source {
+            name: folder_name(checkpoint_folder),
+            layout: "transformers-llava".to_owned(),
+            fingerprint: checkpoint.fingerprint().to_owned(),
+        },
+        precision: options.precision,
+        target: options.target,
+        vision: VisionDims {
+            image_size: config.vision.image_size,
+            patch_size: config.vision.patch_size,
+            hidden_size: config.vision.hidden_size,
+            num_layers: config.vision.num_layers(),
+            feature_layers: config.vision.feature_layers.clone(),
+            num_image_tokens: config.vision.num_image_tokens(),
+        },
+        decoder: DecoderDims {
+            num_layers: config.decoder.num_layers,
+            hidden_size: config.decoder.hidden_size,
+            intermediate_size: config.decoder.intermediate_size,
+            num_heads: config.decoder.num_heads,
+            num_kv_heads: config.decoder.num_kv_heads,
+            head_dim: config.decoder.head_dim,
+            vocab_size: config.decoder.vocab_size,
+            max_position_embeddings: config.decoder.max_position_embeddings,
+        },
+        preprocessing,
+        pixel_values: PixelValues { dtype: DataType::F32, layout: PixelLayout::Nchw },
+        prompt: text.prompt,
+        stop_token_ids: text.stop_token_ids,
+        graphs,
+        fingerprint: fingerprint(&files),
+        files,
+    };
+    let json = serde_json::to_vec_pretty(&manifest).expect("bug: the manifest serialises");
+    write_hashed(staging.path(), manifest::FILE_NAME, &json)?;
+    output.commit(staging)?;
+    Ok(manifest)
+}
+
+fn fingerprint(files: &[BundleFile]) -> String {
+    let mut hasher = Sha256::new();
+    for file in files {
+        hasher.update(&file.path);
+        hasher.update(&file.sha256);
+    }
+    hex(&hasher.finalize())
+}
+
+fn folder_name(folder: &Path) -> String {
+    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    folder.file_name().map_or_else(|| "checkpoint".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Where the bundle goes: written beside its final place, then renamed.
+struct OutputFolder {
+    folder: PathBuf,
+    /// A bundle stands there that may be replaced.
+    replaces: bool,
+}
+
+impl OutputFolder {
+    fn check(folder: &Path, overwrite: bool) -> Result<Self> {
+        if !folder.exists() {
+            return Ok(Self { folder: folder.to_owned(), replaces: false });
+        }
+        if folder.is_dir() && std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none()) {
+            return Ok(Self { folder: folder.to_owned(), replaces: true });
+        }
+        let is_bundle = folder.join(manifest::FILE_NAME).is_file();
+        let hint = match (is_bundle, overwrite) {
+            (true, true) => return Ok(Self { folder: folder.to_owned(), replaces: true }),
+            (true, false) => "it holds a bundle; replace it with --overwrite",
+            (false, _) => "it holds other files; choose a folder that does not exist",
+        };
+        Err(Error::OutputExists { path: folder.to_owned(), hint })
+    }
+
+    fn parent(&self) -> &Path {
+        self.folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+
+    /// A temporary folder beside the final one, removed again unless committed.
+    fn stage(&self) -> Result<tempfile::TempDir> {
+        let parent = self.parent();
+        std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        tempfile::Builder::new()
+            .prefix(".recaption-export-")
+            .tempdir_in(parent)
+            .map_err(Error::io("create a folder in", parent))
+    }
+
+    fn commit(self, staging: tempfile::TempDir) -> Result<()> {
+        let staged = staging.path().to_owned();
+        make_readable(&staged)?;
+        if self.replaces {
+            std::fs::remove_dir_all(&self.folder).map_err(Error::io("remove", &self.folder))?;
+        }
+        std::fs::rename(&staged, &self.folder).map_err(Error::io("rename to", &self.folder))?;
+        // Renamed away: nothing is left to clean up.
+        let _ = staging.keep();
+        Ok(())
+    }
+}
+
+/// Temporary folders are private to the user; a bundle is an ordinary folder.
+fn make_readable(folder: &Path) -> Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let permissions = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(folder, permissions).map_err(Error::io("set the permissions of", folder))?;
+    }
+    Ok(())
+}

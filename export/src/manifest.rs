@@ -1,0 +1,225 @@
+//! `manifest.json`: what is in a bundle, and everything the runner needs to know about it. The runner reads names,
+//! shapes and types from here and never looks at the checkpoint.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::graph::{DataType, Dim};
+use crate::processor_config::Preprocessing;
+
+/// Version of the manifest's layout; raised when a reader of the old one would go wrong.
+pub const FORMAT_VERSION: u32 = 1;
+/// The manifest's file name.
+pub const FILE_NAME: &str = "manifest.json";
+
+/// The contents of `manifest.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT_VERSION`] of the writer.
+    pub format_version: u32,
+    /// What the bundle does.
+    pub kind: BundleKind,
+    /// Name and version of the program that wrote it.
+    pub producer: String,
+    /// The checkpoint it was made from.
+    pub source: Source,
+    /// Precision of the weights.
+    pub precision: Precision,
+    /// Operators the graphs are made of.
+    pub target: Target,
+    /// Dimensions of the vision tower.
+    pub vision: VisionDims,
+    /// Dimensions of the decoder.
+    pub decoder: DecoderDims,
+    /// How an image becomes `pixel_values`.
+    pub preprocessing: Preprocessing,
+    /// Type and layout of `pixel_values`.
+    pub pixel_values: PixelValues,
+    /// How a prompt becomes token ids.
+    pub prompt: PromptSettings,
+    /// Ids that end a caption.
+    pub stop_token_ids: Vec<u32>,
+    /// The graphs, in the order they run.
+    pub graphs: Graphs,
+    /// Every file of the bundle but this one.
+    pub files: Vec<BundleFile>,
+    /// SHA-256 over the hashes of all files: the bundle's identity in `run.json`.
+    pub fingerprint: String,
+}
+
+/// What a bundle does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BundleKind {
+    /// Captions images: vision tower, projector, decoder.
+    Llava,
+}
+
+/// Precision of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// 32-bit floats.
+    Fp32,
+}
+
+/// Which operators the graphs are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
+    /// ONNX Runtime's fused operators, for its CPU and CUDA providers.
+    Ort,
+}
+
+/// Where a bundle comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Name of the checkpoint folder.
+    pub name: String,
+    /// Layout of the checkpoint.
+    pub layout: String,
+    /// SHA-256 over its configuration and its shards' headers.
+    pub fingerprint: String,
+}
+
+/// Dimensions of the vision tower.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VisionDims {
+    /// Side of the square `pixel_values`, in pixels.
+    pub image_size: usize,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Width of the tower.
+    pub hidden_size: usize,
+    /// Encoder layers computed.
+    pub num_layers: usize,
+    /// Hidden states taken, counted from the embeddings (0).
+    pub feature_layers: Vec<usize>,
+    /// Tokens one image takes in the prompt.
+    pub num_image_tokens: usize,
+}
+
+/// Dimensions of the decoder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DecoderDims {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Width of the residual stream and of `image_features`.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key/value heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
+    /// Longest sequence: prompt, image and caption together.
+    pub max_position_embeddings: usize,
+}
+
+/// Type and layout of `pixel_values`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PixelValues {
+    /// Element type.
+    pub dtype: DataType,
+    /// Order of the axes.
+    pub layout: PixelLayout,
+}
+
+/// Order of the axes of `pixel_values`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PixelLayout {
+    /// `[batch, channels, height, width]`, normalised.
+    Nchw,
+}
+
+/// How a prompt becomes token ids.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptSettings {
+    /// The checkpoint's chat template (Jinja), if it has one.
+    pub chat_template: Option<String>,
+    /// The placeholder of an image in a rendered prompt.
+    pub image_token: String,
+    /// The token every prompt begins with, once.
+    pub bos_token: Option<String>,
+    /// The end-of-sequence token's text, which some templates use.
+    pub eos_token: Option<String>,
+    /// Whether decoding removes spaces before punctuation (the tokenizer's own setting).
+    pub clean_up_tokenization_spaces: bool,
+}
+
+/// The graphs of a captioner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Graphs {
+    /// `pixel_values` to `vision_features`.
+    pub vision_tower: GraphFile,
+    /// `vision_features` to `image_features`.
+    pub projector: GraphFile,
+    /// Token ids and image features to the next ids.
+    pub decoder: GraphFile,
+}
+
+/// One ONNX graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GraphFile {
+    /// File name within the bundle.
+    pub file: String,
+    /// Inputs in order.
+    pub inputs: Vec<TensorSpec>,
+    /// Outputs in order.
+    pub outputs: Vec<TensorSpec>,
+    /// Weights of the checkpoint in it.
+    pub num_parameters: usize,
+}
+
+/// A graph input or output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorSpec {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: DataType,
+    /// Its shape; free dimensions are named.
+    pub shape: Vec<Dim>,
+}
+
+/// A file of the bundle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BundleFile {
+    /// Name within the bundle.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Reads `BUNDLE/manifest.json`.
+    ///
+    /// # Errors
+    /// When it is not there, does not parse, or is of another format version.
+    pub fn read(bundle: &Path) -> Result<Self> {
+        let path = bundle.join(FILE_NAME);
+        if !path.is_file() {
+            return Err(Error::NotABundle { path: bundle.to_owned() });
+        }
+        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let invalid = |reason: String| Error::InvalidConfig { path: path.clone(), reason };
+        let json: serde_json::Value = serde_json::from_slice(&text).map_err(|reason| invalid(reason.to_string()))?;
+        let version = json.get("format_version").and_then(serde_json::Value::as_u64);
+        if version != Some(u64::from(FORMAT_VERSION)) {
+            let found = version.map_or("none".to_owned(), |version| version.to_string());
+            return Err(invalid(format!(
+                "expected format_version {FORMAT_VERSION}, got {found}; export the checkpoint again"
+            )));
+        }
+        serde_json::from_value(json).map_err(|reason| invalid(reason.to_string()))
+    }
+}

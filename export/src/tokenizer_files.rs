@@ -1,0 +1,145 @@
+//! What a checkpoint says about text: `tokenizer.json`, `tokenizer_config.json`, the chat template in any of its three
+//! places, and the stop ids.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{LlavaConfig, TokenIds};
+use crate::error::{Error, Result};
+use crate::manifest::PromptSettings;
+
+/// LLaMA-3's end of a turn: ends a caption even where the configuration names only `<|end_of_text|>`.
+const END_OF_TURN: &str = "<|eot_id|>";
+
+/// The text side of a checkpoint.
+pub(crate) struct TokenizerFiles {
+    /// Contents of `tokenizer.json`.
+    pub(crate) tokenizer: Vec<u8>,
+    pub(crate) prompt: PromptSettings,
+    pub(crate) stop_token_ids: Vec<u32>,
+}
+
+impl TokenizerFiles {
+    /// Reads them; `tokenizer` (a file or a folder) takes the place of the checkpoint's own `tokenizer.json`.
+    pub(crate) fn read(checkpoint: &Checkpoint, config: &LlavaConfig, tokenizer: Option<&Path>) -> Result<Self> {
+        let tokenizer_path = match tokenizer {
+            Some(path) if path.is_dir() => path.join("tokenizer.json"),
+            Some(path) => path.to_owned(),
+            None => checkpoint.folder.join("tokenizer.json"),
+        };
+        if tokenizer.is_none() && !tokenizer_path.is_file() {
+            return Err(Error::MissingFile {
+                checkpoint: checkpoint.folder.clone(),
+                what: "tokenizer.json",
+                hint: "give one with --tokenizer FILE_OR_DIR",
+            });
+        }
+        let bytes = std::fs::read(&tokenizer_path).map_err(Error::io("read", &tokenizer_path))?;
+        let json: Value = serde_json::from_slice(&bytes)
+            .map_err(|reason| Error::InvalidConfig { path: tokenizer_path.clone(), reason: reason.to_string() })?;
+        let added = AddedTokens::new(&json);
+
+        let settings = match tokenizer.and_then(settings_beside) {
+            Some(path) => {
+                let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+                serde_json::from_slice(&bytes)
+                    .map_err(|reason| Error::InvalidConfig { path: path.clone(), reason: reason.to_string() })?
+            }
+            None => checkpoint.json("tokenizer_config.json")?.unwrap_or_default(),
+        };
+        let bos_token = token_text(settings.get("bos_token"))
+            .or_else(|| config.bos_token_id.and_then(|id| added.text_of(id)))
+            .or_else(|| added.id_of("<|begin_of_text|>").map(|_| "<|begin_of_text|>".to_owned()));
+        let prompt = PromptSettings {
+            chat_template: chat_template(checkpoint, &settings)?,
+            image_token: added.text_of(config.image_token_id).unwrap_or_else(|| "<image>".to_owned()),
+            bos_token,
+            eos_token: token_text(settings.get("eos_token")),
+            clean_up_tokenization_spaces: settings
+                .get("clean_up_tokenization_spaces")
+                .and_then(Value::as_bool)
+                .unwrap_or(false),
+        };
+        Ok(Self { tokenizer: bytes, prompt, stop_token_ids: stop_token_ids(checkpoint, config, &added)? })
+    }
+}
+
+/// `tokenizer_config.json` beside a tokenizer given by hand.
+fn settings_beside(tokenizer: &Path) -> Option<PathBuf> {
+    let folder = if tokenizer.is_dir() { tokenizer } else { tokenizer.parent()? };
+    Some(folder.join("tokenizer_config.json")).filter(|path| path.is_file())
+}
+
+/// generation_config.json first, as transformers does, else config.json; `<|eot_id|>` always.
+fn stop_token_ids(checkpoint: &Checkpoint, config: &LlavaConfig, added: &AddedTokens<'_>) -> Result<Vec<u32>> {
+    let generation = checkpoint.json("generation_config.json")?;
+    let from_generation = generation
+        .as_ref()
+        .and_then(|json| json.get("eos_token_id"))
+        .and_then(|ids| serde_json::from_value::<TokenIds>(ids.clone()).ok())
+        .map(TokenIds::into_vec);
+    let mut ids = from_generation.unwrap_or_else(|| config.eos_token_ids.clone());
+    ids.extend(added.id_of(END_OF_TURN));
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// The chat template: `chat_template.jinja`, else `chat_template.json`, else in `tokenizer_config.json`, where it is a
+/// text or a list of named ones.
+fn chat_template(checkpoint: &Checkpoint, settings: &Value) -> Result<Option<String>> {
+    let path = checkpoint.folder.join("chat_template.jinja");
+    if path.is_file() {
+        return std::fs::read_to_string(&path).map(Some).map_err(Error::io("read", &path));
+    }
+    if let Some(json) = checkpoint.json("chat_template.json")? {
+        return Ok(json.get("chat_template").and_then(Value::as_str).map(str::to_owned));
+    }
+    Ok(match settings.get("chat_template") {
+        Some(Value::String(template)) => Some(template.clone()),
+        Some(Value::Array(named)) => named
+            .iter()
+            .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
+            .and_then(|entry| entry.get("template"))
+            .and_then(Value::as_str)
+            .map(str::to_owned),
+        _ => None,
+    })
+}
+
+/// A token in `tokenizer_config.json`: its text, or an object with `content`.
+fn token_text(value: Option<&Value>) -> Option<String> {
+    match value? {
+        Value::String(text) => Some(text.clone()),
+        Value::Object(fields) => fields.get("content").and_then(Value::as_str).map(str::to_owned),
+        _ => None,
+    }
+}
+
+/// `added_tokens` of `tokenizer.json`.
+struct AddedTokens<'a>(Vec<(u32, &'a str)>);
+
+impl<'a> AddedTokens<'a> {
+    fn new(tokenizer: &'a Value) -> Self {
+        let tokens = tokenizer.get("added_tokens").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        Self(
+            tokens
+                .iter()
+                .filter_map(|token| {
+                    let id = u32::try_from(token.get("id")?.as_u64()?).ok()?;
+                    Some((id, token.get("content")?.as_str()?))
+                })
+                .collect(),
+        )
+    }
+
+    fn id_of(&self, text: &str) -> Option<u32> {
+        self.0.iter().find(|(_, known)| *known == text).map(|(id, _)| *id)
+    }
+
+    fn text_of(&self, id: u32) -> Option<String> {
+        self.0.iter().find(|(known, _)| *known == id).map(|(_, text)| (*text).to_owned())
+    }
+}
