@@ -1,1 +1,16 @@
-//! x
+//! Exports vision-language captioners to ONNX and re-captions web images by the billion.
+//!
+//! [`export`] turns a LLaVA checkpoint into a bundle of ONNX graphs; [`pipeline::run`] turns images into rows with captions. `pipeline/` reads in the order of the data: source, load, preprocess, vision,
+//! generate, write.
+
+pub mod cli;
+pub mod commands;
+pub mod error;
+pub mod model;
+pub mod pipeline;
+pub mod runtime;
+pub mod stage;
+
+pub use error::{Error, Result};
+pub use recaption_export as export;
+pub use stage::Stage;

@@ -165,7 +165,8 @@ impl Checkpoint {
             return Err(Error::UnsupportedDtype { name, found: format!("{:?}", location.dtype).to_lowercase() });
         }
         self.used.borrow_mut().insert(name.clone());
-        Ok(StoredTensor { name, location, shard: &self.shards[location.shard] })
+        let Location { shard, dtype, ref shape, start, end } = *location;
+        Ok(StoredTensor { name, dtype, shape: shape.clone(), start, end, shard: &self.shards[shard] })
     }
 
     /// Fails when the checkpoint holds tensors that nothing asked for, other than those a LLaVA is known to carry
@@ -241,30 +242,48 @@ fn shard_paths(folder: &Path) -> Result<Vec<PathBuf>> {
     })
 }
 
-/// A tensor in a mapped shard.
+/// A tensor in a mapped shard, or some of its rows.
+#[derive(Clone)]
 pub(crate) struct StoredTensor<'a> {
     name: String,
-    location: &'a Location,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Byte range within the shard file.
+    start: usize,
+    end: usize,
     shard: &'a Shard,
 }
 
 impl StoredTensor<'_> {
     pub(crate) fn shape(&self) -> &[usize] {
-        &self.location.shape
+        &self.shape
     }
 
     pub(crate) fn num_elements(&self) -> usize {
-        self.location.shape.iter().product()
+        self.shape.iter().product()
+    }
+
+    fn element_bytes(&self) -> usize {
+        if self.dtype == Dtype::F32 { 4 } else { 2 }
+    }
+
+    /// Rows `first..first + count` along the first axis.
+    pub(crate) fn rows(&self, first: usize, count: usize) -> Self {
+        let mut part = self.clone();
+        let row_bytes = self.shape[1..].iter().product::<usize>() * self.element_bytes();
+        part.shape[0] = count;
+        part.start = self.start + first * row_bytes;
+        part.end = part.start + count * row_bytes;
+        part
     }
 
     /// Hands the values to `sink` as little-endian f32 bytes, block by block, then releases the file's pages.
     pub(crate) fn stream_f32(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let bytes = &self.shard.map[self.location.start..self.location.end];
+        let bytes = &self.shard.map[self.start..self.end];
         let mut num_non_finite = 0;
         let mut converted = Vec::new();
-        let element_bytes = if self.location.dtype == Dtype::F32 { 4 } else { 2 };
-        for block in bytes.chunks(BLOCK_ELEMENTS * element_bytes) {
-            match self.location.dtype {
+        for block in bytes.chunks(BLOCK_ELEMENTS * self.element_bytes()) {
+            match self.dtype {
                 Dtype::F32 => {
                     num_non_finite += count_non_finite(block);
                     sink(block)?;
@@ -288,8 +307,8 @@ impl StoredTensor<'_> {
             let released = unsafe {
                 self.shard.map.unchecked_advise_range(
                     memmap2::UncheckedAdvice::DontNeed,
-                    self.location.start,
-                    self.location.end - self.location.start,
+                    self.start,
+                    self.end - self.start,
                 )
             };
             released.map_err(Error::io("release", &self.shard.path))?;

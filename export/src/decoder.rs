@@ -13,7 +13,7 @@ use crate::checkpoint::{Checkpoint, Part};
 use crate::config::DecoderConfig;
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, MICROSOFT, Value};
-use crate::linear::Linear;
+use crate::linear::{HeadPadding, Linear};
 use crate::rope::cos_sin_tables;
 
 const PART: Part = Part::Decoder;
@@ -22,6 +22,9 @@ const PART: Part = Part::Decoder;
 pub const IMAGE_INDEX_TEXT: i64 = -1;
 /// `image_index` of a padded position.
 pub const IMAGE_INDEX_PADDING: i64 = -2;
+
+/// ONNX Runtime's GroupQueryAttention rotates only heads whose width is a multiple of this; others are padded.
+const HEAD_DIM_MULTIPLE: usize = 16;
 
 /// Builds the decoder's graph.
 ///
@@ -52,6 +55,8 @@ struct Decoder<'c, 'v> {
     total_sequence_length: Value,
     cos_cache: Value,
     sin_cache: Value,
+    /// Width of a head in the cache: `head_dim`, padded.
+    padded_head_dim: usize,
     /// `[batch, sequence, -1]` for reshapes from rows of tokens back to sequences.
     sequence_shape: Value,
     /// `[batch, 1]`: index of each sequence's last token within this run's `sequence`.
@@ -71,9 +76,11 @@ impl<'c, 'v> Decoder<'c, 'v> {
 
         let table_name = "embed_tokens.weight";
         let table = checkpoint.tensor(PART, table_name, &[config.vocab_size, config.hidden_size])?;
-        let embedding_table = graph.weight(table_name, vec![table]);
-        let (cos, sin) = cos_sin_tables(&config.rope, config.head_dim, config.max_position_embeddings);
-        let rope_dims = [config.max_position_embeddings, config.head_dim / 2];
+        let embedding_table = graph.weight(table_name, table);
+        let padded_head_dim = config.head_dim.next_multiple_of(HEAD_DIM_MULTIPLE);
+        let max_positions = config.max_position_embeddings;
+        let (cos, sin) = cos_sin_tables(&config.rope, config.head_dim, padded_head_dim, max_positions);
+        let rope_dims = [max_positions, padded_head_dim / 2];
         let cos_cache = graph.constant_f32("rotary.cos_cache", &rope_dims, &cos);
         let sin_cache = graph.constant_f32("rotary.sin_cache", &rope_dims, &sin);
 
@@ -94,6 +101,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
             total_sequence_length,
             cos_cache,
             sin_cache,
+            padded_head_dim,
             sequence_shape,
             last_token,
         })
@@ -147,10 +155,11 @@ impl<'c, 'v> Decoder<'c, 'v> {
             let hidden = self.graph.node("Reshape", "/last/Reshape", &[hidden, &self.sequence_shape], vec![]);
             (self.last_rows("/last/attention", &attended), self.last_rows("/last/hidden", &hidden)) // [B, …]
         } else {
-            let rows = self.graph.shape(&[-1, (self.config.num_heads * self.config.head_dim) as i64]);
+            let rows = self.graph.shape(&[-1, (self.config.num_heads * self.padded_head_dim) as i64]);
             let name = format!("/{prefix}/self_attn/Reshape_1");
             (self.graph.node("Reshape", &name, &[&attended, &rows], vec![]), hidden.clone())
         };
+        let attended = self.without_padding(&format!("/{prefix}/self_attn"), attended);
         let attention_size = self.config.num_heads * self.config.head_dim;
         let name = format!("{prefix}.self_attn.o_proj");
         let attended = self
@@ -176,16 +185,22 @@ impl<'c, 'v> Decoder<'c, 'v> {
     fn attention(&mut self, layer: usize, normed: &Value) -> Result<Value> {
         let DecoderConfig { hidden_size, num_heads, num_kv_heads, head_dim, attention_bias, .. } = *self.config;
         let prefix = format!("layers.{layer}.self_attn");
-        let kv_size = num_kv_heads * head_dim;
-        let query = self.linear(&format!("{prefix}.q_proj"), (hidden_size, num_heads * head_dim), attention_bias)?;
-        let key = self.linear(&format!("{prefix}.k_proj"), (hidden_size, kv_size), attention_bias)?;
-        let value = self.linear(&format!("{prefix}.v_proj"), (hidden_size, kv_size), attention_bias)?;
+        let padded_head_dim = self.padded_head_dim;
+        let find = |name: &str, num_heads: usize, is_rotary: bool| {
+            let padding = HeadPadding { num_heads, head_dim, padded_head_dim, is_rotary };
+            let padding = (padded_head_dim != head_dim).then_some(padding);
+            let features = (hidden_size, num_heads * head_dim);
+            Linear::find_padded(self.checkpoint, PART, &format!("{prefix}.{name}"), features, attention_bias, padding)
+        };
+        let query = find("q_proj", num_heads, true)?;
+        let key = find("k_proj", num_kv_heads, true)?;
+        let value = find("v_proj", num_kv_heads, false)?;
         let packed = query.then(key, String::new()).then(value, format!("/{prefix}.qkv_proj"));
         let packed = packed.build(&mut self.graph, normed);
         let name = format!("/{prefix}/Reshape");
         let packed = self.graph.node("Reshape", &name, &[&packed, &self.sequence_shape], vec![]); // [B, S, q + k + v]
 
-        let cache: Vec<Dim> = vec!["batch".into(), num_kv_heads.into(), "max_length".into(), head_dim.into()];
+        let cache: Vec<Dim> = vec!["batch".into(), num_kv_heads.into(), "max_length".into(), padded_head_dim.into()];
         let past_key = self.graph.input(&format!("past_key_values.{layer}.key"), DataType::F32, cache.clone());
         let past_value = self.graph.input(&format!("past_key_values.{layer}.value"), DataType::F32, cache.clone());
         let present_key = self.graph.output(&format!("present.{layer}.key"), DataType::F32, cache.clone());
@@ -212,11 +227,27 @@ impl<'c, 'v> Decoder<'c, 'v> {
             vec![
                 ("num_heads", Attribute::Int(num_heads as i64)),
                 ("kv_num_heads", Attribute::Int(num_kv_heads as i64)),
+                ("scale", Attribute::Float(1.0 / (head_dim as f32).sqrt())),
                 ("do_rotary", Attribute::Int(1)),
                 ("rotary_interleaved", Attribute::Int(0)),
             ],
         );
         Ok(attended)
+    }
+
+    /// `[rows, heads * padded]` to `[rows, heads * head_dim]`.
+    fn without_padding(&mut self, name: &str, x: Value) -> Value {
+        let (num_heads, head_dim) = (self.config.num_heads as i64, self.config.head_dim as i64);
+        if self.padded_head_dim == self.config.head_dim {
+            return x;
+        }
+        let graph = &mut self.graph;
+        let heads = graph.shape(&[-1, num_heads, self.padded_head_dim as i64]);
+        let x = graph.node("Reshape", &format!("{name}/Reshape_2"), &[&x, &heads], vec![]);
+        let (start, end, axis) = (graph.shape(&[0]), graph.shape(&[head_dim]), graph.shape(&[2]));
+        let x = graph.node("Slice", &format!("{name}/Slice"), &[&x, &start, &end, &axis], vec![]);
+        let rows = graph.shape(&[-1, num_heads * head_dim]);
+        graph.node("Reshape", &format!("{name}/Reshape_3"), &[&x, &rows], vec![])
     }
 
     /// Rows of each sequence's last token: `[B, S, n]` to `[B, n]`.
@@ -257,7 +288,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
             self.embedding_table.clone()
         } else {
             let weight = self.checkpoint.tensor(Part::LmHead, "weight", &[vocab_size, hidden_size])?;
-            self.graph.weight("lm_head.weight", vec![weight])
+            self.graph.weight("lm_head.weight", weight)
         };
         let graph = &mut self.graph;
         let logits = graph.output("logits", DataType::F32, vec!["batch".into(), vocab_size.into()]);
@@ -280,7 +311,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
 
     fn norm_weight(&mut self, name: &str) -> Result<Value> {
         let weight = self.checkpoint.tensor(PART, name, &[self.config.hidden_size])?;
-        Ok(self.graph.weight(name, vec![weight]))
+        Ok(self.graph.weight(name, weight))
     }
 
     fn linear(&self, name: &str, features: (usize, usize), has_bias: bool) -> Result<Linear<'c>> {

@@ -88,10 +88,18 @@ impl Value {
     }
 }
 
+/// A piece of a weight.
+pub(crate) enum WeightPart<'a> {
+    /// A tensor of the checkpoint, or some of its rows.
+    Stored(StoredTensor<'a>),
+    /// So many rows of zeros.
+    ZeroRows(usize),
+}
+
 /// Where an initialiser's bytes come from.
 enum InitializerData<'a> {
-    /// Tensors of the checkpoint, one after the other along the first axis, converted to f32.
-    Stored(Vec<StoredTensor<'a>>),
+    /// Parts one after the other along the first axis, converted to f32.
+    Parts(Vec<WeightPart<'a>>),
     /// Little-endian bytes made by the exporter.
     Bytes(Vec<u8>),
 }
@@ -163,11 +171,20 @@ impl<'a> GraphBuilder<'a> {
         Value(name.to_owned())
     }
 
-    /// Tensors of the checkpoint, concatenated along the first axis, as one f32 initialiser.
-    pub(crate) fn weight(&mut self, name: &str, parts: Vec<StoredTensor<'a>>) -> Value {
-        let mut dims = parts[0].shape().to_vec();
-        dims[0] = parts.iter().map(|part| part.shape()[0]).sum();
-        self.push_initializer(name, DataType::F32, dims, InitializerData::Stored(parts))
+    /// A tensor of the checkpoint as an f32 initialiser.
+    pub(crate) fn weight(&mut self, name: &str, tensor: StoredTensor<'a>) -> Value {
+        let row_shape = tensor.shape()[1..].to_vec();
+        self.weight_of_parts(name, vec![WeightPart::Stored(tensor)], &row_shape)
+    }
+
+    /// Parts with rows of `row_shape`, concatenated along the first axis, as one f32 initialiser.
+    pub(crate) fn weight_of_parts(&mut self, name: &str, parts: Vec<WeightPart<'a>>, row_shape: &[usize]) -> Value {
+        let num_rows = parts.iter().map(|part| match part {
+            WeightPart::Stored(tensor) => tensor.shape()[0],
+            WeightPart::ZeroRows(count) => *count,
+        });
+        let dims = [&[num_rows.sum()], row_shape].concat();
+        self.push_initializer(name, DataType::F32, dims, InitializerData::Parts(parts))
     }
 
     pub(crate) fn constant_f32(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Value {
@@ -267,10 +284,7 @@ impl<'a> GraphBuilder<'a> {
         let mut initializers = Vec::with_capacity(self.initializers.len());
         let mut num_parameters = 0;
         for initializer in &self.initializers {
-            num_parameters += match &initializer.data {
-                InitializerData::Stored(parts) => parts.iter().map(StoredTensor::num_elements).sum(),
-                InitializerData::Bytes(_) => 0,
-            };
+            num_parameters += initializer.num_parameters();
             initializers.push(data.append(initializer, &data_file)?);
         }
         let mut files = Vec::new();
@@ -317,7 +331,9 @@ pub(crate) fn write_hashed(folder: &Path, name: &str, bytes: &[u8]) -> Result<Bu
     Ok(BundleFile { path: name.to_owned(), size: bytes.len() as u64, sha256: hex(&Sha256::digest(bytes)) })
 }
 
-pub(crate) fn hex(digest: &[u8]) -> String {
+/// Lower-case hexadecimal of a hash.
+#[must_use]
+pub fn hex(digest: &[u8]) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -413,10 +429,25 @@ impl DataFile {
 }
 
 impl Initializer<'_> {
+    /// Weights of the checkpoint in it.
+    fn num_parameters(&self) -> usize {
+        let InitializerData::Parts(parts) = &self.data else { return 0 };
+        let stored = parts.iter().map(|part| match part {
+            WeightPart::Stored(tensor) => tensor.num_elements(),
+            WeightPart::ZeroRows(_) => 0,
+        });
+        stored.sum()
+    }
+
     fn stream(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        match &self.data {
-            InitializerData::Stored(parts) => parts.iter().try_for_each(|part| part.stream_f32(sink)),
-            InitializerData::Bytes(bytes) => sink(bytes),
-        }
+        let parts = match &self.data {
+            InitializerData::Bytes(bytes) => return sink(bytes),
+            InitializerData::Parts(parts) => parts,
+        };
+        let row_size: usize = self.dims[1..].iter().product();
+        parts.iter().try_for_each(|part| match part {
+            WeightPart::Stored(tensor) => tensor.stream_f32(sink),
+            WeightPart::ZeroRows(count) => sink(&vec![0; count * row_size * self.data_type.size()]),
+        })
     }
 }

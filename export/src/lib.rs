@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 
 pub use crate::decoder::{IMAGE_INDEX_PADDING, IMAGE_INDEX_TEXT};
 pub use crate::error::{Error, Result};
-pub use crate::graph::{DataType, Dim};
+pub use crate::graph::{DataType, Dim, hex};
 pub use crate::manifest::{
     BundleFile, BundleKind, DecoderDims, FILE_NAME as MANIFEST_FILE, FORMAT_VERSION, GraphFile, Graphs, Manifest,
     PixelLayout, PixelValues, Precision, PromptSettings, Source, Target, TensorSpec, VisionDims,
@@ -34,7 +34,7 @@ pub use crate::processor_config::{Filter, Geometry, Preprocessing, ProcessorConf
 
 use crate::checkpoint::Checkpoint;
 use crate::config::LlavaConfig;
-use crate::graph::{hex, write_hashed};
+use crate::graph::write_hashed;
 use crate::tokenizer_files::TokenizerFiles;
 
 /// What to export and how.

@@ -150,8 +150,6 @@ pub struct PromptSettings {
     pub bos_token: Option<String>,
     /// The end-of-sequence token's text, which some templates use.
     pub eos_token: Option<String>,
-    /// Whether decoding removes spaces before punctuation (the tokenizer's own setting).
-    pub clean_up_tokenization_spaces: bool,
 }
 
 /// The graphs of a captioner.

@@ -5,9 +5,15 @@ use std::f64::consts::PI;
 
 use crate::config::{Rope, RopeScaling};
 
-/// Cosines and sines, each `[max_positions, head_dim / 2]`.
-pub(crate) fn cos_sin_tables(rope: &Rope, head_dim: usize, max_positions: usize) -> (Vec<f32>, Vec<f32>) {
-    let frequencies = inverse_frequencies(rope, head_dim);
+/// Cosines and sines, each `[max_positions, padded_head_dim / 2]`; the padding is not rotated.
+pub(crate) fn cos_sin_tables(
+    rope: &Rope,
+    head_dim: usize,
+    padded_head_dim: usize,
+    max_positions: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    let mut frequencies = inverse_frequencies(rope, head_dim);
+    frequencies.resize(padded_head_dim / 2, 0.0);
     let angles = (0..max_positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
     angles.map(|angle| (f64::from(angle).cos() as f32, f64::from(angle).sin() as f32)).unzip()
 }

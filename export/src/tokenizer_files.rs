@@ -57,10 +57,6 @@ impl TokenizerFiles {
             image_token: added.text_of(config.image_token_id).unwrap_or_else(|| "<image>".to_owned()),
             bos_token,
             eos_token: token_text(settings.get("eos_token")),
-            clean_up_tokenization_spaces: settings
-                .get("clean_up_tokenization_spaces")
-                .and_then(Value::as_bool)
-                .unwrap_or(false),
         };
         Ok(Self { tokenizer: bytes, prompt, stop_token_ids: stop_token_ids(checkpoint, config, &added)? })
     }

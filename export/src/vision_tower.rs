@@ -48,7 +48,7 @@ impl Tower<'_, '_> {
 
         let name = "embeddings.patch_embedding.weight";
         let kernel = self.checkpoint.tensor(PART, name, &[hidden_size, 3, patch_size, patch_size])?;
-        let kernel = graph.weight(name, vec![kernel]);
+        let kernel = graph.weight(name, kernel);
         let patch = patch_size as i64;
         let patches = graph.node(
             "Conv",
@@ -158,8 +158,8 @@ impl Tower<'_, '_> {
         let (weight_name, bias_name) = (format!("{name}.weight"), format!("{name}.bias"));
         let weight = self.checkpoint.tensor(PART, &weight_name, &[size])?;
         let bias = self.checkpoint.tensor(PART, &bias_name, &[size])?;
-        let weight = self.graph.weight(&weight_name, vec![weight]);
-        let bias = self.graph.weight(&bias_name, vec![bias]);
+        let weight = self.graph.weight(&weight_name, weight);
+        let bias = self.graph.weight(&bias_name, bias);
         Ok(self.graph.node(
             "LayerNormalization",
             &format!("/{name}/LayerNormalization"),

@@ -1,0 +1,259 @@
+//! The command line: what the user types, and the help that teaches it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::model::TemplateChoice;
+use crate::model::prompt::DEFAULT_PROMPT;
+use crate::pipeline::write::Format;
+use crate::runtime::ProviderChoice;
+use crate::stage::Stage;
+
+/// Exports vision-language captioners to ONNX and re-captions web images by the billion.
+#[derive(Debug, Parser)]
+#[command(name = "recaption", version, max_term_width = 110)]
+#[command(
+    after_help = "Exit codes: 0 all images captioned; 1 finished, some images failed; 2 usage or set-up; 130 interrupted."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Turn a LLaVA checkpoint into a bundle of ONNX graphs
+    ///
+    /// The graphs (vision tower, projector, decoder with KV cache) are written straight from the weights: no Python, no
+    /// tracing, and memory that does not grow with the model. The checkpoint is a folder as transformers saves it:
+    /// config.json, *.safetensors, tokenizer.json.
+    #[command(after_long_help = "Example:\n  recaption export llava-llama-3-8b --out bundles/llava-8b")]
+    Export(ExportArgs),
+    /// Caption images with a bundle
+    ///
+    /// INPUT is an image file, a folder (searched recursively), a webdataset tar (`{key}.jpg` with optional `{key}.txt` and
+    /// `{key}.json`; gzip-compressed or not), a brace range of those, or `-` for paths on standard input, one a line.
+    ///
+    /// With --out, each input shard becomes one file in the output folder, and the same command again goes on after the
+    /// shards that are done. Without it, one JSON object per image goes to standard output. An image that fails is a row with
+    /// `status: failed` and its reason; it never ends the run.
+    #[command(after_long_help = "Examples:\n  recaption run photos/ --model bundles/llava-8b\n  \
+        recaption run 'shards/{00000..00012}.tar' --model bundles/llava-8b --out captions\n  \
+        find . -name '*.png' | recaption run - --model bundles/llava-8b --out captions --provider cuda")]
+    Run(RunArgs),
+}
+
+/// `recaption export`.
+#[derive(Args, Debug)]
+pub struct ExportArgs {
+    /// Folder of the checkpoint
+    pub checkpoint: PathBuf,
+    /// Folder to write the bundle to; it must not exist, unless --overwrite
+    ///
+    /// Example: --out bundles/llava-8b
+    #[arg(long, value_name = "BUNDLE_DIR")]
+    pub out: PathBuf,
+    /// Precision of the weights of decoder and vision tower
+    ///
+    /// fp32 needs 4 bytes a weight and runs everywhere. Example: --precision fp32
+    #[arg(long, value_enum, default_value_t = PrecisionArg::Fp32)]
+    pub precision: PrecisionArg,
+    /// Operators to build the graphs from
+    ///
+    /// ort: ONNX Runtime's fused operators, for its CPU and CUDA providers. Example: --target ort
+    #[arg(long, value_enum, default_value_t = TargetArg::Ort)]
+    pub target: TargetArg,
+    /// tokenizer.json, or a folder that has one, for a checkpoint without
+    ///
+    /// Example: --tokenizer Meta-Llama-3-8B-Instruct
+    #[arg(long, value_name = "FILE_OR_DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Replace the bundle that stands at --out
+    ///
+    /// Only a folder with a manifest.json is replaced. Example: --overwrite
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// Precisions that export writes.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PrecisionArg {
+    /// 32-bit floats
+    Fp32,
+}
+
+/// Targets that export writes for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum TargetArg {
+    /// ONNX Runtime's CPU and CUDA providers
+    Ort,
+}
+
+/// `recaption run`.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// Images, folders, webdataset tars, brace ranges, or - for paths on standard input
+    #[arg(required = true, value_name = "INPUT")]
+    pub inputs: Vec<String>,
+    /// Folder of the bundle, made by `recaption export`
+    ///
+    /// Example: --model bundles/llava-8b
+    #[arg(long, value_name = "BUNDLE_DIR")]
+    pub model: PathBuf,
+    /// Folder for the captions; without it they go to standard output as JSON Lines
+    ///
+    /// Holds captions-{shard}.parquet for each input shard, run.json (the settings) and summary.json. The same command
+    /// again goes on where the last one ended. Example: --out captions
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Format of the files in --out
+    ///
+    /// Example: --format jsonl
+    #[arg(long, value_enum, default_value_t = FormatArg::Parquet)]
+    pub format: FormatArg,
+    /// What runs the graphs
+    ///
+    /// auto takes the best that works and says which. tensorrt runs the vision tower and the projector in TensorRT and the
+    /// decoder in CUDA. Example: --provider cuda
+    #[arg(long, value_enum, default_value_t = ProviderArg::Auto)]
+    pub provider: ProviderArg,
+    /// GPU index, with --provider cuda or tensorrt; several make one engine each
+    ///
+    /// Example: --device 0,1
+    #[arg(long, value_name = "N[,N…]", value_delimiter = ',', default_value = "0")]
+    pub device: Vec<i32>,
+    /// What the model is asked
+    ///
+    /// The default is the prompt of the Recap-DataComp-1B paper. Example: --prompt "Describe the image in one sentence."
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT, hide_default_value = true)]
+    pub prompt: String,
+    /// Frame around the prompt: llava-pp-llama3, llava-next-llama3, plain-llama3, or a Jinja file
+    ///
+    /// Default: the checkpoint's own chat template if it places an image, else llava-pp-llama3. Example: --template
+    /// plain-llama3
+    #[arg(long, value_name = "NAME_OR_FILE")]
+    pub template: Option<TemplateChoice>,
+    /// Most new tokens of a caption, the stop token counted
+    ///
+    /// Example: --max-new-tokens 64
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_new_tokens: u32,
+    /// Treat a stop token like any other: every caption has --max-new-tokens tokens
+    ///
+    /// For benchmarks. Example: --ignore-eos
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Add the column token_ids
+    ///
+    /// Example: --with-token-ids
+    #[arg(long)]
+    pub with_token_ids: bool,
+    /// Captions in flight per engine
+    ///
+    /// Default: up to 16, as many as fit in a quarter of the free memory. Example: --slots 32
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub slots: Option<u16>,
+    /// Most images encoded and prefilled at once
+    ///
+    /// Default: 4, or --slots if that is less. Example: --vision-batch 8
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub vision_batch: Option<u16>,
+    /// CPU threads for the graphs, shared among the engines
+    ///
+    /// Default: all cores. Example: --threads 8
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Engines on the CPU: each has its own sessions, slots and share of --threads
+    ///
+    /// Example: --engines 2
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub engines: u16,
+    /// Threads that decode images, and as many that resize them
+    ///
+    /// Default: a quarter of the cores, at least 1. Example: --load-threads 4
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub load_threads: Option<u16>,
+    /// Caption only the first N images
+    ///
+    /// Example: --limit 1000
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Fail images of more pixels than this, before they are decoded
+    ///
+    /// The default is where Pillow refuses an image as a decompression bomb. Example: --max-pixels 50000000
+    #[arg(long, value_name = "N", default_value_t = 178_956_970)]
+    pub max_pixels: u64,
+    /// Fail image files larger than this
+    ///
+    /// Example: --max-image-bytes 20000000
+    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
+    pub max_image_bytes: u64,
+    /// Start anew: delete the captions in --out first
+    ///
+    /// Example: --overwrite
+    #[arg(long, requires = "out")]
+    pub overwrite: bool,
+    /// Show no progress and no summary on standard error
+    ///
+    /// Example: --quiet
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Print summary.json to standard output at the end
+    ///
+    /// Example: --json
+    #[arg(long, requires = "out")]
+    pub json: bool,
+    /// Panic in STAGE[:N] at its item N, to test that a run ends well
+    #[arg(long, hide = true, value_name = "STAGE[:N]", value_parser = parse_injection)]
+    pub inject_panic: Option<(Stage, usize)>,
+}
+
+/// Formats of `--format`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum FormatArg {
+    /// One Parquet file per shard, zstd-compressed
+    Parquet,
+    /// One JSON Lines file per shard
+    Jsonl,
+}
+
+impl From<FormatArg> for Format {
+    fn from(format: FormatArg) -> Self {
+        match format {
+            FormatArg::Parquet => Self::Parquet,
+            FormatArg::Jsonl => Self::Jsonl,
+        }
+    }
+}
+
+/// Providers of `--provider`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ProviderArg {
+    /// The best that works here
+    Auto,
+    /// The CPU
+    Cpu,
+    /// CUDA
+    Cuda,
+    /// TensorRT for vision, CUDA for the decoder
+    Tensorrt,
+}
+
+impl From<ProviderArg> for ProviderChoice {
+    fn from(provider: ProviderArg) -> Self {
+        match provider {
+            ProviderArg::Auto => Self::Auto,
+            ProviderArg::Cpu => Self::Cpu,
+            ProviderArg::Cuda => Self::Cuda,
+            ProviderArg::Tensorrt => Self::TensorRt,
+        }
+    }
+}
+
+fn parse_injection(text: &str) -> Result<(Stage, usize), String> {
+    let (stage, count) = text.split_once(':').unwrap_or((text, "0"));
+    Ok((stage.parse()?, count.parse().map_err(|_| format!("expected a number, got `{count}`"))?))
+}

@@ -1,0 +1,300 @@
+//! `recaption run`: what the user typed becomes validated options, then rows.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use serde_json::{Value, json};
+
+use crate::cli::RunArgs;
+use crate::commands::Outcome;
+use crate::error::{Error, Result};
+use crate::model::kv_cache::CacheShape;
+use crate::model::sequence::StopRule;
+use crate::model::{Bundle, Prompt, Tokenizer};
+use crate::pipeline::engine::EngineOptions;
+use crate::pipeline::input::Input;
+use crate::pipeline::load::LoadLimits;
+use crate::pipeline::write::{Format, Sink, write_atomically};
+use crate::pipeline::{RunOptions, Summary};
+use crate::runtime::{Device, ProviderChoice, load_library, provider};
+
+const SETTINGS_FILE: &str = "run.json";
+const SUMMARY_FILE: &str = "summary.json";
+/// Most captions in flight when the user does not say: on a CPU more bring little.
+const DEFAULT_SLOTS: usize = 16;
+const DEFAULT_VISION_BATCH: usize = 4;
+
+pub(super) fn execute(args: RunArgs) -> anyhow::Result<Outcome> {
+    let (is_quiet, is_json, out) = (args.quiet, args.json, args.out.clone());
+    let options = prepare(args)?;
+    let summary = crate::pipeline::run(options)?;
+    if let Some(out) = &out {
+        let path = out.join(SUMMARY_FILE);
+        write_json(&path, &serde_json::to_value(&summary)?)?;
+        if is_json {
+            println!("{}", serde_json::to_string_pretty(&summary)?);
+        }
+    }
+    if !is_quiet {
+        eprintln!("{}", describe(&summary, out.as_deref()));
+    }
+    Ok(match summary {
+        Summary { is_interrupted: true, .. } => Outcome::Interrupted,
+        Summary { counts, .. } if counts.failed > 0 => Outcome::SomeFailed,
+        _ => Outcome::Success,
+    })
+}
+
+/// Checks everything that can be checked before the first image.
+fn prepare(args: RunArgs) -> Result<RunOptions> {
+    if let Some((stage, count)) = args.inject_panic {
+        crate::stage::inject_panic(stage, count);
+    }
+    let inputs: Vec<Input> =
+        args.inputs.iter().map(|text| Input::parse(text)).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    let bundle = Bundle::open(&args.model)?;
+    let tokenizer = Tokenizer::open(&bundle.tokenizer_path())?;
+    let prompt = Prompt::build(&args.prompt, args.template.as_ref(), &bundle.manifest.prompt, &tokenizer)?;
+    let stop_rule = StopRule {
+        stop_token_ids: bundle.manifest.stop_token_ids.clone(),
+        max_new_tokens: args.max_new_tokens as usize,
+        ignore_eos: args.ignore_eos,
+    };
+    check_prompt(&bundle, &prompt, &stop_rule)?;
+    let devices = choose_devices(args.provider.into(), &args, args.quiet)?;
+    let engines = engine_options(&args, &bundle, &prompt, &stop_rule, &devices)?;
+    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let sink = match &args.out {
+        Some(folder) => Sink::Folder { folder: folder.clone(), format: args.format.into() },
+        None => Sink::StandardOutput,
+    };
+    if let Sink::Folder { folder, format } = &sink {
+        let settings = settings(&args, &bundle, &prompt, *format)?;
+        prepare_output(folder, &settings, args.overwrite)?;
+    }
+    let interrupt = Arc::new(AtomicBool::new(false));
+    listen_for_signals(&interrupt);
+    Ok(RunOptions {
+        bundle,
+        inputs,
+        sink,
+        prompt,
+        engines,
+        num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
+        load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
+        max_image_bytes: args.max_image_bytes,
+        limit: args.limit,
+        with_token_ids: args.with_token_ids,
+        quiet: args.quiet,
+        interrupt,
+    })
+}
+
+/// The first signal finishes what is in flight, the second ends the process.
+fn listen_for_signals(interrupt: &Arc<AtomicBool>) {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // Without them the process just dies, as it would by default.
+        let _ = signal_hook::flag::register_conditional_shutdown(
+            signal,
+            Outcome::Interrupted as i32,
+            Arc::clone(interrupt),
+        );
+        let _ = signal_hook::flag::register(signal, Arc::clone(interrupt));
+    }
+}
+
+fn check_prompt(bundle: &Bundle, prompt: &Prompt, stop_rule: &StopRule) -> Result<()> {
+    let dims = &bundle.manifest.decoder;
+    let length = prompt.len(bundle.manifest.vision.num_image_tokens);
+    let max_positions = dims.max_position_embeddings;
+    if length + stop_rule.max_new_tokens > max_positions {
+        return Err(Error::Setting {
+            reason: format!(
+                "prompt and image take {length} tokens, --max-new-tokens {} more; the model has {max_positions} positions",
+                stop_rule.max_new_tokens
+            ),
+            hint: match max_positions.saturating_sub(length) {
+                0 => "shorten --prompt".to_owned(),
+                left => format!("use --max-new-tokens {left} or fewer"),
+            },
+        });
+    }
+    if let Some(id) = prompt.before.iter().chain(&prompt.after).find(|&&id| id as usize >= dims.vocab_size) {
+        return Err(Error::Setting {
+            reason: format!(
+                "the prompt has token id {id}, but the model's embedding table ends at {}",
+                dims.vocab_size
+            ),
+            hint: "the tokenizer does not belong to this model; export again with the right --tokenizer".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// What `auto` takes, or exactly what was asked for.
+fn choose_devices(choice: ProviderChoice, args: &RunArgs, is_quiet: bool) -> Result<Vec<Device>> {
+    load_library()?;
+    let on_gpus = |device: fn(i32) -> Device| args.device.iter().map(|&index| device(index)).collect();
+    Ok(match choice {
+        ProviderChoice::Cpu => vec![Device::Cpu; usize::from(args.engines)],
+        ProviderChoice::Cuda => on_gpus(Device::Cuda),
+        ProviderChoice::TensorRt => on_gpus(Device::TensorRt),
+        ProviderChoice::Auto => match provider::probe_cuda() {
+            Ok(()) => on_gpus(Device::Cuda),
+            Err(reason) => {
+                if !is_quiet {
+                    eprintln!("provider: cpu ({reason})");
+                }
+                vec![Device::Cpu; usize::from(args.engines)]
+            }
+        },
+    })
+}
+
+fn engine_options(
+    args: &RunArgs,
+    bundle: &Bundle,
+    prompt: &Prompt,
+    stop_rule: &StopRule,
+    devices: &[Device],
+) -> Result<Vec<EngineOptions>> {
+    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let num_threads = args.threads.map_or(num_cores, usize::from);
+    let max_length = prompt.len(bundle.manifest.vision.num_image_tokens) + stop_rule.max_new_tokens;
+    let bytes_per_slot = CacheShape::of(&bundle.manifest)?.bytes_per_slot(max_length);
+    let num_slots = args.slots.map_or_else(|| default_slots(bytes_per_slot, devices.len()), usize::from);
+    let vision_batch = args.vision_batch.map_or(DEFAULT_VISION_BATCH, usize::from).min(num_slots);
+    let options = |&device: &Device| EngineOptions {
+        device,
+        num_threads: (num_threads / devices.len()).max(1),
+        num_slots,
+        vision_batch,
+        stop_rule: stop_rule.clone(),
+    };
+    Ok(devices.iter().map(options).collect())
+}
+
+/// As many slots as fit in a quarter of the free memory, up to [`DEFAULT_SLOTS`].
+fn default_slots(bytes_per_slot: usize, num_engines: usize) -> usize {
+    let Some(free_bytes) = free_memory() else { return DEFAULT_SLOTS };
+    (free_bytes / 4 / num_engines.max(1) / bytes_per_slot.max(1)).clamp(1, DEFAULT_SLOTS)
+}
+
+/// `MemAvailable` of Linux; unknown elsewhere.
+fn free_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
+/// `run.json`: what decides the captions. A run into the same folder must agree with it.
+fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) -> Result<Value> {
+    let manifest = &bundle.manifest;
+    Ok(json!({
+        "recaption": env!("CARGO_PKG_VERSION"),
+        "onnxruntime": load_library()?.version,
+        "settings": {
+            "model": manifest.source.name,
+            "model_fingerprint": manifest.fingerprint,
+            "prompt": prompt.rendered,
+            "template": prompt.template,
+            "max_new_tokens": args.max_new_tokens,
+            "ignore_eos": args.ignore_eos,
+            "with_token_ids": args.with_token_ids,
+            "limit": args.limit,
+            "max_pixels": args.max_pixels,
+            "max_image_bytes": args.max_image_bytes,
+            "format": format,
+        },
+    }))
+}
+
+/// Makes the output folder, or checks that it belongs to a run with the same settings.
+fn prepare_output(folder: &Path, settings: &Value, overwrite: bool) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let path = folder.join(SETTINGS_FILE);
+    if overwrite {
+        for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
+            let path = entry.map_err(Error::io("read", folder))?.path();
+            if is_ours(&path) {
+                std::fs::remove_file(&path).map_err(Error::io("delete", &path))?;
+            }
+        }
+    } else if path.is_file() {
+        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let earlier: Value = serde_json::from_slice(&text).unwrap_or_default();
+        let differences = differences(&earlier["settings"], &settings["settings"]);
+        if !differences.is_empty() {
+            return Err(Error::OtherRun { path: folder.to_owned(), differences: differences.join("; ") });
+        }
+    }
+    write_json(&path, settings)
+}
+
+/// Whether a file in an output folder is one that a run writes.
+fn is_ours(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let is_captions = name.starts_with("captions-")
+        && [".parquet", ".jsonl", ".parquet.tmp", ".jsonl.tmp"].iter().any(|suffix| name.ends_with(suffix));
+    is_captions || name == SETTINGS_FILE || name == SUMMARY_FILE
+}
+
+/// `name: was X, now Y` for each setting that differs.
+fn differences(earlier: &Value, now: &Value) -> Vec<String> {
+    let empty = serde_json::Map::new();
+    let (earlier, now) = (earlier.as_object().unwrap_or(&empty), now.as_object().unwrap_or(&empty));
+    let names: BTreeMap<&String, ()> = earlier.keys().chain(now.keys()).map(|name| (name, ())).collect();
+    let shown = |value: Option<&Value>| value.map_or("unset".to_owned(), ToString::to_string);
+    names
+        .into_keys()
+        .filter(|name| earlier.get(*name) != now.get(*name))
+        .map(|name| format!("{name} was {}, now {}", shown(earlier.get(name)), shown(now.get(name))))
+        .collect()
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).expect("bug: JSON serialises");
+    write_atomically(path, |file| std::io::Write::write_all(file, &text).map_err(Error::io("write", path)))
+}
+
+fn describe(summary: &Summary, out: Option<&Path>) -> String {
+    let counts = &summary.counts;
+    let mut lines = vec![format!(
+        "{} rows: {} ok, {} failed; {:.1} s to load, {:.1} s to run, {:.2} images/s, {} new tokens",
+        counts.rows,
+        counts.ok,
+        counts.failed,
+        summary.load_seconds,
+        summary.run_seconds,
+        summary.images_per_second,
+        counts.new_tokens
+    )];
+    if let Some(out) = out {
+        lines.push(format!("captions in `{}`", out.display()));
+    }
+    if summary.is_interrupted {
+        lines.push(format!(
+            "interrupted: {} captions of unfinished shards were not kept; the same command goes on from the last whole shard",
+            summary.num_discarded
+        ));
+    }
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_differ_are_told_apart_by_name() {
+        let earlier = json!({"prompt": "a", "limit": null, "format": "parquet"});
+        let now = json!({"prompt": "b", "limit": null, "template": "x"});
+        let found = differences(&earlier, &now);
+        assert_eq!(
+            found,
+            [r#"format was "parquet", now unset"#, r#"prompt was "a", now "b""#, r#"template was unset, now "x""#]
+        );
+    }
+}

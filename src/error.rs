@@ -1,0 +1,158 @@
+//! Everything that can stop a run, named by cause, with what to do about it. A bad image is not here: it is a row.
+
+use std::path::{Path, PathBuf};
+
+use crate::stage::Stage;
+
+/// Why a run could not start or go on. `Display` is one line; [`Error::hint`] says what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The bundle cannot be read.
+    #[error(transparent)]
+    Bundle(#[from] recaption_export::Error),
+    /// The ONNX Runtime library is missing, too old or not that library at all.
+    #[error("{reason}")]
+    OnnxRuntimeLibrary {
+        /// What was found or not found, and where.
+        reason: String,
+        /// Where the right one comes from.
+        hint: String,
+    },
+    /// ONNX Runtime refused a graph, a tensor or a run.
+    #[error("{doing}: {source}")]
+    OnnxRuntime {
+        /// What was being done.
+        doing: String,
+        /// Its own words.
+        source: ort::Error,
+    },
+    /// The execution provider asked for does not work here.
+    #[error("provider `{provider}` does not work here: {reason}")]
+    Provider {
+        /// Its name.
+        provider: &'static str,
+        /// ONNX Runtime's reason.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The bundle's tokenizer does not load or encode.
+    #[error("tokenizer `{path}`: {reason}")]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// The tokenizers library's reason.
+        reason: String,
+    },
+    /// The prompt template does not parse, render or place an image.
+    #[error("prompt template `{template}`: {reason}")]
+    Template {
+        /// Preset, file or `checkpoint`.
+        template: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A setting contradicts the model or another setting.
+    #[error("{reason}")]
+    Setting {
+        /// What is wrong.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
+    /// An input does not exist or is of a kind that is not read.
+    #[error("input `{input}`: {reason}")]
+    Input {
+        /// As given on the command line.
+        input: String,
+        /// What is wrong with it.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A file or folder of the run could not be read or written.
+    #[error("{action} `{path}`: {source}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// The output folder belongs to a run with other settings.
+    #[error("`{path}` was written with other settings: {differences}")]
+    OtherRun {
+        /// The output folder.
+        path: PathBuf,
+        /// Which settings differ.
+        differences: String,
+    },
+    /// A Parquet file could not be written or read.
+    #[error("{action} `{path}`: {source}")]
+    Parquet {
+        /// What was being done.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The library's reason.
+        source: parquet::errors::ParquetError,
+    },
+    /// A stage stopped with an error that is not one image's.
+    #[error("{stage} stage: {source}")]
+    Stage {
+        /// Which stage.
+        stage: Stage,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// A stage panicked: a bug of this program.
+    #[error("{stage} stage panicked: {message}")]
+    Panicked {
+        /// Which stage.
+        stage: Stage,
+        /// The panic's message.
+        message: String,
+    },
+}
+
+impl Error {
+    /// What the user can do about it, if there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Bundle(error) => error.hint(),
+            Self::OnnxRuntimeLibrary { hint, .. } | Self::Setting { hint, .. } => Some(hint.clone()),
+            Self::Provider { hint, .. } | Self::Input { hint, .. } => Some((*hint).to_owned()),
+            Self::Template { .. } => Some(
+                "use --template with llava-pp-llama3, llava-next-llama3, plain-llama3, or a Jinja file that places an image"
+                    .to_owned(),
+            ),
+            Self::OtherRun { .. } => {
+                Some("choose another --out, repeat the earlier settings, or start anew with --overwrite".to_owned())
+            }
+            Self::Panicked { .. } => {
+                Some("this is a bug; finished shards are kept, and the same command goes on after them".to_owned())
+            }
+            Self::Stage { source, .. } => source.hint(),
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                Some("free some space; finished shards are kept, and the same command goes on after them".to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    pub(crate) fn ort(doing: impl Into<String>) -> impl FnOnce(ort::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::OnnxRuntime { doing, source }
+    }
+}
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

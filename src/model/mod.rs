@@ -1,0 +1,12 @@
+//! What the model is: the bundle, its prompt and tokenizer, a caption in the making, the cache it lives in. No threads.
+
+pub mod bundle;
+pub(crate) mod kv_cache;
+pub mod prompt;
+pub mod sequence;
+pub mod tokenizer;
+
+pub use bundle::Bundle;
+pub use prompt::{Prompt, TemplateChoice};
+pub use sequence::{FinishReason, Sequence};
+pub use tokenizer::Tokenizer;

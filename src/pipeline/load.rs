@@ -1,0 +1,307 @@
+//! Image bytes -> upright 8-bit RGB.
+//!
+//! Takes the bytes of one file (JPEG, PNG, WebP, GIF or BMP, told by content), gives the pixels
+//! that Pillow's `ImageOps.exif_transpose(Image.open(file)).convert("RGB")` gives: grey is
+//! replicated, palettes are expanded, alpha is dropped. Must never allocate for a picture above the
+//! limits, never let a decoder's panic through, and never return part of a truncated picture.
+
+mod gif;
+mod jpeg;
+mod probe;
+
+use std::error::Error as _;
+use std::io::{Cursor, ErrorKind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crossbeam::channel::{Receiver, Sender};
+use image::codecs::{bmp::BmpDecoder, png::PngDecoder, webp::WebPDecoder};
+use image::metadata::Orientation;
+use image::{ColorType, DynamicImage, ImageDecoder, ImageError};
+use recaption_export::hex;
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+use crate::pipeline::panic_message;
+use crate::pipeline::row::{Message, RowDraft};
+use crate::pipeline::source::ImageRecord;
+use crate::stage::Stage;
+
+pub use probe::Format;
+
+/// An image that decoded: its row and its pixels.
+pub(crate) struct LoadedImage {
+    pub(crate) draft: RowDraft,
+    pub(crate) image: RgbImage,
+}
+
+/// Loads images until `records` is closed and empty; an image that does not load becomes a failed row.
+pub(crate) fn run(
+    records: &Receiver<ImageRecord>,
+    loaded: &Sender<LoadedImage>,
+    rows: &Sender<Message>,
+    limits: &LoadLimits,
+) {
+    for ImageRecord { mut draft, bytes } in records {
+        Stage::Load.enter();
+        draft.image_sha256 = Some(hex(&Sha256::digest(&bytes)));
+        draft.dimensions = stored_dimensions(&bytes);
+        let is_sent = match load(&bytes, limits) {
+            Ok(image) => {
+                draft.dimensions = Some((image.stored_width, image.stored_height));
+                loaded.send(LoadedImage { draft, image }).is_ok()
+            }
+            Err(reason) => rows.send(draft.fail(Stage::Load, reason).into()).is_ok(),
+        };
+        // A closed channel means that the run is failing elsewhere.
+        if !is_sent {
+            return;
+        }
+    }
+}
+
+/// What one picture may cost. Checked against the header, before anything large is allocated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadLimits {
+    /// Width times height as stored. The default is the count above which Pillow raises
+    /// `DecompressionBombError`.
+    pub max_pixels: u64,
+    /// Bytes that the decoder's pixel buffers may take (an orientation that turns the picture
+    /// holds a second copy for a moment, 3 bytes per pixel).
+    pub max_alloc_bytes: u64,
+}
+
+impl Default for LoadLimits {
+    fn default() -> Self {
+        Self { max_pixels: 178_956_970, max_alloc_bytes: 1 << 30 }
+    }
+}
+
+impl LoadLimits {
+    fn check_pixels(&self, (width, height): (u32, u32)) -> Result<(), LoadError> {
+        let num_pixels = u64::from(width) * u64::from(height);
+        if num_pixels > self.max_pixels {
+            let max_pixels = self.max_pixels;
+            return Err(LoadError::TooManyPixels { width, height, num_pixels, max_pixels });
+        }
+        Ok(())
+    }
+
+    fn check_bytes(&self, num_bytes: u64) -> Result<(), LoadError> {
+        if num_bytes > self.max_alloc_bytes {
+            return Err(LoadError::TooManyBytes { num_bytes, max_bytes: self.max_alloc_bytes });
+        }
+        Ok(())
+    }
+}
+
+/// An upright picture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RgbImage {
+    pub width: u32,
+    pub height: u32,
+    /// [height, width, 3], sRGB samples of 8 bits (colour profiles are not applied).
+    pub pixels: Vec<u8>,
+    /// Width in the file, before the EXIF orientation was applied.
+    pub stored_width: u32,
+    /// Height in the file, before the EXIF orientation was applied.
+    pub stored_height: u32,
+}
+
+/// Why a file gave no picture. The texts are meant to follow `load: ` in a row's reason.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum LoadError {
+    #[error("empty file (0 bytes); fetch it again")]
+    Empty,
+    #[error("not a JPEG, PNG, WebP, GIF or BMP image (starts with `{start}`)")]
+    NotAnImage { start: String },
+    #[error(
+        "{width}x{height} is {num_pixels} pixels, above the limit of {max_pixels}; \
+         raise the limit if the image is genuine"
+    )]
+    TooManyPixels { width: u32, height: u32, num_pixels: u64, max_pixels: u64 },
+    #[error(
+        "decoding takes {num_bytes} bytes of memory, above the limit of {max_bytes}; \
+         raise the limit if the image is genuine"
+    )]
+    TooManyBytes { num_bytes: u64, max_bytes: u64 },
+    #[error("truncated {format} image (ends after {num_bytes} bytes); fetch it again")]
+    Truncated { format: Format, num_bytes: usize },
+    #[error("corrupt {format} image ({message}); fetch it again")]
+    Corrupt { format: Format, message: String },
+    #[error("{format} image uses {feature}, which is not supported; convert it first")]
+    Unsupported { format: Format, feature: String },
+    #[error("the {format} decoder panicked ({message}); please report the image")]
+    DecoderPanicked { format: Format, message: String },
+}
+
+/// Pixels as stored, with what is left to do.
+struct Stored {
+    width: u32,
+    height: u32,
+    /// [height, width, 3]
+    pixels: Vec<u8>,
+    orientation: Orientation,
+}
+
+/// Decodes one file into upright RGB.
+///
+/// Of an animation only the first frame is decoded. 16-bit samples keep their high byte.
+///
+/// # Errors
+///
+/// Every way in which the bytes are not a complete, supported image within `limits`.
+pub fn load(bytes: &[u8], limits: &LoadLimits) -> Result<RgbImage, LoadError> {
+    if bytes.is_empty() {
+        return Err(LoadError::Empty);
+    }
+    let Some(format) = probe::sniff(bytes) else {
+        let start = bytes[..bytes.len().min(4)].escape_ascii().to_string();
+        return Err(LoadError::NotAnImage { start });
+    };
+    // Third-party decoders read untrusted bytes here: one panic must cost one row, not the run.
+    // Nothing that they touched outlives the call, so no broken state can be observed.
+    let decoded = catch_unwind(AssertUnwindSafe(|| {
+        if let Some(dimensions) = probe::dimensions(format, bytes) {
+            limits.check_pixels(dimensions)?;
+        }
+        match format {
+            Format::Jpeg => jpeg::decode(bytes, limits),
+            Format::Gif => gif::decode(bytes, limits),
+            // libwebp refuses a file that is shorter than its container says; image-webp does not
+            // notice where the first frame is complete.
+            Format::WebP if probe::riff_end(bytes).is_some_and(|end| end > bytes.len() as u64) => {
+                Err(LoadError::Truncated { format, num_bytes: bytes.len() })
+            }
+            _ => decode(format, bytes, limits),
+        }
+    }));
+    let stored = decoded.unwrap_or_else(|panic| {
+        let message = panic_message(panic.as_ref());
+        Err(LoadError::DecoderPanicked { format, message })
+    })?;
+    Ok(upright(stored))
+}
+
+/// Reads (width, height) as stored, from the header alone: also for files that do not decode.
+#[must_use]
+pub fn stored_dimensions(bytes: &[u8]) -> Option<(u32, u32)> {
+    probe::dimensions(probe::sniff(bytes)?, bytes)
+}
+
+/// Decodes PNG, WebP and BMP through the `image` crate.
+fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, LoadError> {
+    let input = Cursor::new(bytes);
+    let mut decoder_limits = image::Limits::no_limits();
+    decoder_limits.max_alloc = Some(limits.max_alloc_bytes);
+    let opened: Result<Box<dyn ImageDecoder>, ImageError> = match format {
+        Format::Png => PngDecoder::with_limits(input, decoder_limits.clone())
+            .map(|decoder| Box::new(decoder) as Box<dyn ImageDecoder>),
+        Format::WebP => WebPDecoder::new(input).map(|decoder| Box::new(decoder) as _),
+        Format::Bmp => BmpDecoder::new(input).map(|decoder| Box::new(decoder) as _),
+        Format::Jpeg | Format::Gif => unreachable!("bug: {format} has its own decoder"),
+    };
+    let to_error = |error| decode_error(format, bytes, &error);
+    let mut decoder = opened.map_err(to_error)?;
+    let (width, height) = decoder.dimensions();
+    limits.check_pixels((width, height))?;
+    limits.check_bytes(decoder.total_bytes().saturating_add(3 * u64::from(width) * u64::from(height)))?;
+    decoder.set_limits(decoder_limits).map_err(to_error)?;
+    // Broken metadata must not cost the picture: Pillow shows it unrotated then.
+    let exif = decoder.exif_metadata().ok().flatten();
+    let xmp = decoder.xmp_metadata().ok().flatten();
+    let orientation = orientation_of(exif.as_deref(), xmp.as_deref());
+    let color_type = decoder.color_type();
+    let mut samples = vec![0; decoder.total_bytes() as usize];
+    decoder.read_image(&mut samples).map_err(to_error)?;
+    let Some(pixels) = to_rgb8(samples, color_type) else {
+        return Err(LoadError::Unsupported { format, feature: format!("{color_type:?} samples") });
+    };
+    let orientation = orientation.unwrap_or(Orientation::NoTransforms);
+    Ok(Stored { width, height, pixels, orientation })
+}
+
+/// Keeps the colour of each pixel and the high byte of each sample. The transparent parts of a
+/// picture show whatever colour is stored there, as with `convert("RGB")`: nothing is composited.
+fn to_rgb8(mut samples: Vec<u8>, color_type: ColorType) -> Option<Vec<u8>> {
+    // `image` gives 16-bit samples in native byte order.
+    let high = if cfg!(target_endian = "little") { 1 } else { 0 };
+    // (bytes per pixel, offsets of the red, green and blue byte in it)
+    let (stride, [red, green, blue]) = match color_type {
+        ColorType::Rgb8 => return Some(samples),
+        ColorType::L8 => (1, [0; 3]),
+        ColorType::La8 => (2, [0; 3]),
+        ColorType::Rgba8 => (4, [0, 1, 2]),
+        ColorType::L16 => (2, [high; 3]),
+        ColorType::La16 => (4, [high; 3]),
+        ColorType::Rgb16 => (6, [high, 2 + high, 4 + high]),
+        ColorType::Rgba16 => (8, [high, 2 + high, 4 + high]),
+        _ => return None,
+    };
+    if stride < 3 {
+        let mut rgb = Vec::with_capacity(samples.len() / stride * 3);
+        for pixel in samples.chunks_exact(stride) {
+            rgb.extend_from_slice(&[pixel[red]; 3]);
+        }
+        return Some(rgb);
+    }
+    // In place: a pixel's new position is never behind its old one.
+    let num_pixels = samples.len() / stride;
+    for index in 0..num_pixels {
+        let from = index * stride;
+        let rgb = [samples[from + red], samples[from + green], samples[from + blue]];
+        samples[index * 3..][..3].copy_from_slice(&rgb);
+    }
+    samples.truncate(num_pixels * 3);
+    samples.shrink_to_fit();
+    Some(samples)
+}
+
+/// The orientation in the EXIF block, else the one in the XMP packet (Pillow's `getexif` too).
+fn orientation_of(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Option<Orientation> {
+    let from_exif = exif.and_then(|mut tiff| {
+        // Some writers keep the JPEG segment's prefix in PNG and WebP chunks.
+        while let Some(rest) = tiff.strip_prefix(b"Exif\0\0") {
+            tiff = rest;
+        }
+        Orientation::from_exif_chunk(tiff)
+    });
+    from_exif.or_else(|| {
+        const NAME: &[u8] = b"tiff:Orientation";
+        let xmp = xmp?;
+        let digit = xmp.windows(NAME.len() + 3).find_map(|window| {
+            let value = window.strip_prefix(NAME)?;
+            let value = value.strip_prefix(b"=\"").or_else(|| value.strip_prefix(b">"))?;
+            value[0].is_ascii_digit().then(|| value[0] - b'0')
+        })?;
+        Orientation::from_exif(digit)
+    })
+}
+
+fn upright(stored: Stored) -> RgbImage {
+    let Stored { width, height, pixels, orientation } = stored;
+    let (stored_width, stored_height) = (width, height);
+    if orientation == Orientation::NoTransforms {
+        return RgbImage { width, height, pixels, stored_width, stored_height };
+    }
+    let buffer = image::RgbImage::from_raw(width, height, pixels)
+        .expect("bug: the decoder's buffer does not match its dimensions");
+    let mut turned = DynamicImage::ImageRgb8(buffer);
+    turned.apply_orientation(orientation);
+    let turned = turned.into_rgb8();
+    let (width, height) = turned.dimensions();
+    RgbImage { width, height, pixels: turned.into_raw(), stored_width, stored_height }
+}
+
+fn decode_error(format: Format, bytes: &[u8], error: &ImageError) -> LoadError {
+    // `image` wraps the decoder's own message in "Format error decoding Png: ".
+    let message = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    let ends_early = match error {
+        ImageError::IoError(cause) => cause.kind() == ErrorKind::UnexpectedEof,
+        _ => message.contains("unexpected end of file"),
+    };
+    match error {
+        _ if ends_early => LoadError::Truncated { format, num_bytes: bytes.len() },
+        ImageError::Unsupported(_) => LoadError::Unsupported { format, feature: message },
+        _ => LoadError::Corrupt { format, message },
+    }
+}

@@ -1,0 +1,277 @@
+//! The pipeline: builds the channels, spawns the stages, shuts down in order.
+//!
+//! ```text
+//! source -> load -> preprocess -> engine (vision, prefill, decode) -> write
+//!    \________\_________\________ failed rows ___________________________/
+//! ```
+//!
+//! Stages are threads joined by bounded channels: memory does not grow with the data set. A stage ends when its input
+//! is closed and empty. A panic or an error in any stage raises the abort flag and ends the run with its message; rows
+//! that were committed stay.
+
+pub mod engine;
+pub(crate) mod generate;
+pub mod input;
+pub mod load;
+pub(crate) mod pool;
+pub mod preprocess;
+pub(crate) mod progress;
+pub mod row;
+pub(crate) mod source;
+pub(crate) mod vision;
+pub mod write;
+
+use std::any::Any;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Instant;
+
+use crossbeam::channel::bounded;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::model::{Bundle, Prompt, Tokenizer};
+use crate::pipeline::engine::{Engine, EngineChannels, EngineOptions};
+use crate::pipeline::input::Input;
+use crate::pipeline::load::LoadLimits;
+use crate::pipeline::pool::BufferPool;
+use crate::pipeline::preprocess::Preprocessor;
+use crate::pipeline::progress::Progress;
+use crate::pipeline::row::RowDraft;
+use crate::pipeline::source::{SourceChannels, SourceOptions};
+use crate::pipeline::write::{Counts, Sink, WriteOptions};
+use crate::stage::Stage;
+
+/// Encoded images that wait for a load thread: enough to hide a slow read, little enough to be nothing.
+const MAX_QUEUED_RECORDS: usize = 64;
+/// Decoded images that wait, per preprocess thread: each may be hundreds of MB.
+const MAX_QUEUED_LOADED_PER_THREAD: usize = 2;
+/// Rows that wait for the write stage.
+const MAX_QUEUED_ROWS: usize = 1024;
+
+/// A run, ready to start: everything in it is validated.
+pub struct RunOptions {
+    /// The model.
+    pub bundle: Bundle,
+    /// What to caption.
+    pub inputs: Vec<Input>,
+    /// Where the rows go.
+    pub sink: Sink,
+    /// The prompt, encoded.
+    pub prompt: Prompt,
+    /// One engine per entry.
+    pub engines: Vec<EngineOptions>,
+    /// Threads that load, and as many that preprocess.
+    pub num_load_threads: usize,
+    /// What one image may cost.
+    pub load_limits: LoadLimits,
+    /// Largest image file that is read.
+    pub max_image_bytes: u64,
+    /// Most images to caption.
+    pub limit: Option<usize>,
+    /// Whether rows carry their token ids.
+    pub with_token_ids: bool,
+    /// Show no progress.
+    pub quiet: bool,
+    /// Raised by the user: finish what is in flight, then end.
+    pub interrupt: Arc<AtomicBool>,
+}
+
+/// What a run did: `summary.json`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// Rows of the whole output, those of earlier runs too.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Time from the start to the first image being read.
+    pub load_seconds: f64,
+    /// Time from there to the last row.
+    pub run_seconds: f64,
+    /// Rows of this run per second of `run_seconds`.
+    pub images_per_second: f64,
+    /// The user ended the run early.
+    #[serde(skip)]
+    pub is_interrupted: bool,
+    /// Captions made that were not written, since the interruption left their shard unfinished.
+    #[serde(skip)]
+    pub num_discarded: u64,
+}
+
+/// Runs the pipeline to its end.
+///
+/// # Errors
+/// Set-up errors before the first image; later ones when a stage cannot go on. Failed images are not errors.
+pub fn run(options: RunOptions) -> Result<Summary> {
+    let started = Instant::now();
+    let tokenizer = Tokenizer::open(&options.bundle.tokenizer_path())?;
+    let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
+    let finished = write::finished_shards(&options.sink, prompt_tokens)?;
+    let engines = options
+        .engines
+        .iter()
+        .map(|engine| Engine::open(&options.bundle, &options.prompt, engine))
+        .collect::<Result<Vec<Engine<RowDraft>>>>()?;
+    let load_seconds = started.elapsed().as_secs_f64();
+
+    let progress = Arc::new(Progress::new());
+    let (committed, num_discarded) = run_stages(&options, engines, tokenizer, &finished, &progress)?;
+    let run_seconds = progress.elapsed().as_secs_f64();
+    let mut counts = committed;
+    if !matches!(options.sink, Sink::StandardOutput) {
+        finished.values().for_each(|shard| counts.add(*shard));
+    }
+    Ok(Summary {
+        counts,
+        load_seconds,
+        run_seconds,
+        images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
+        is_interrupted: options.interrupt.load(Ordering::Relaxed),
+        num_discarded,
+    })
+}
+
+fn run_stages(
+    options: &RunOptions,
+    engines: Vec<Engine<RowDraft>>,
+    tokenizer: Tokenizer,
+    finished: &HashMap<String, Counts>,
+    progress: &Arc<Progress>,
+) -> Result<(Counts, u64)> {
+    let preprocessing = &options.bundle.manifest.preprocessing;
+    let max_preprocessed = options.engines.iter().map(|engine| 2 * engine.vision_batch).sum();
+    let (records_in, records_out) = bounded(MAX_QUEUED_RECORDS);
+    let (loaded_in, loaded_out) = bounded(MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
+    let (preprocessed_in, preprocessed_out) = bounded(max_preprocessed);
+    let (rows_in, rows_out) = bounded(MAX_QUEUED_ROWS);
+    let num_values = 3 * preprocessing.height as usize * preprocessing.width as usize;
+    let pool = BufferPool::new(max_preprocessed + options.num_load_threads, num_values);
+    let source_options = SourceOptions {
+        inputs: options.inputs.clone(),
+        finished: finished.iter().map(|(name, counts)| (name.clone(), counts.rows as usize)).collect(),
+        limit: options.limit,
+        max_image_bytes: options.max_image_bytes,
+    };
+    let write_options = WriteOptions {
+        sink: options.sink.clone(),
+        tokenizer,
+        with_token_ids: options.with_token_ids,
+        prompt_tokens: options.prompt.len(options.bundle.manifest.vision.num_image_tokens),
+    };
+    let supervisor = Supervisor::default();
+    if !options.quiet {
+        let num_finished = finished.values().map(|counts| counts.rows).sum();
+        count_in_background(options, num_finished, Arc::clone(progress));
+    }
+
+    let result = thread::scope(|scope| {
+        let supervisor = &supervisor;
+        if !options.quiet {
+            spawn(scope, "progress".to_owned(), || progress.report());
+        }
+        let rows = rows_in.clone();
+        spawn(scope, Stage::Source.name().to_owned(), move || {
+            supervisor.watch(Stage::Source, || {
+                let stop = [&supervisor.abort, &*options.interrupt];
+                source::run(source_options, SourceChannels { records: records_in, rows, stop })
+            })
+        });
+        for i in 0..options.num_load_threads {
+            let (records, loaded, rows) = (records_out.clone(), loaded_in.clone(), rows_in.clone());
+            spawn(scope, format!("{}-{i}", Stage::Load), move || {
+                supervisor.watch(Stage::Load, || {
+                    load::run(&records, &loaded, &rows, &options.load_limits);
+                    Ok(())
+                })
+            });
+            let (loaded, preprocessed, rows) = (loaded_out.clone(), preprocessed_in.clone(), rows_in.clone());
+            let (preprocessor, pool) = (Preprocessor::new(preprocessing.clone()), pool.clone());
+            spawn(scope, format!("{}-{i}", Stage::Preprocess), move || {
+                supervisor.watch(Stage::Preprocess, || {
+                    preprocess::run(&loaded, &preprocessed, &rows, preprocessor, &pool);
+                    Ok(())
+                })
+            });
+        }
+        for (i, engine) in engines.into_iter().enumerate() {
+            let (images, rows) = (preprocessed_out.clone(), rows_in.clone());
+            spawn(scope, format!("engine-{i}"), move || {
+                let stage = Cell::new(Stage::Vision);
+                let channels = EngineChannels { images, rows, abort: &supervisor.abort, progress, stage: &stage };
+                supervisor.watch_at(&stage, || engine::run(engine, &channels))
+            });
+        }
+        // The stages hold the only ends from here on, so that each closes its output by ending.
+        drop((records_out, loaded_in, loaded_out, preprocessed_in, preprocessed_out, rows_in));
+        let writer = spawn(scope, Stage::Write.name().to_owned(), move || {
+            supervisor.watch(Stage::Write, || write::run(&write_options, &rows_out, progress))
+        });
+        let written = writer.join().ok().flatten();
+        progress.finish();
+        written
+    });
+    match supervisor.failure.into_inner().expect("bug: no stage panics with the lock held") {
+        Some(failure) => Err(failure),
+        None => Ok(result.expect("bug: the write stage ended without a result or a failure")),
+    }
+}
+
+/// Finds out how many images there are, for the progress line; nothing waits for it.
+fn count_in_background(options: &RunOptions, num_finished: u64, progress: Arc<Progress>) {
+    let (inputs, limit) = (options.inputs.clone(), options.limit.map_or(u64::MAX, |limit| limit as u64));
+    let count = move || {
+        if let Some(count) = source::count_images(&inputs) {
+            progress.set_total(count.min(limit).saturating_sub(num_finished));
+        }
+    };
+    // Without it there is no ETA; a run needs nothing else of it.
+    let _ = thread::Builder::new().name("count".to_owned()).spawn(count);
+}
+
+fn spawn<'scope, T: Send + 'scope>(
+    scope: &'scope thread::Scope<'scope, '_>,
+    name: String,
+    body: impl FnOnce() -> T + Send + 'scope,
+) -> thread::ScopedJoinHandle<'scope, T> {
+    thread::Builder::new().name(name).spawn_scoped(scope, body).expect("the system gives another thread")
+}
+
+/// Keeps the first failure of any stage and tells the others to stop.
+#[derive(Default)]
+struct Supervisor {
+    failure: Mutex<Option<Error>>,
+    abort: AtomicBool,
+}
+
+impl Supervisor {
+    /// Runs a stage; an error or a panic in it ends the run.
+    fn watch<T>(&self, stage: Stage, body: impl FnOnce() -> Result<T>) -> Option<T> {
+        self.watch_at(&Cell::new(stage), body)
+    }
+
+    /// As [`Self::watch`], for a thread that does several stages' work in turn.
+    fn watch_at<T>(&self, stage: &Cell<Stage>, body: impl FnOnce() -> Result<T>) -> Option<T> {
+        // Whatever the stage left half done is dropped with it: the run ends.
+        let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+            Err(Error::Panicked { stage: stage.get(), message: panic_message(panic.as_ref()) })
+        });
+        match outcome {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.abort.store(true, Ordering::Relaxed);
+                let mut failure = self.failure.lock().expect("bug: no stage panics with the lock held");
+                failure.get_or_insert(error);
+                None
+            }
+        }
+    }
+}
+
+/// The text that a panic was raised with.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no message").to_owned()
+}

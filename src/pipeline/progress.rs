@@ -1,0 +1,139 @@
+//! How far a run is: counters that the stages raise, and the reporter that shows them, as a bar on a terminal and as a
+//! line every ten seconds elsewhere.
+
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Time between two lines where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+const BAR_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Counters of a run.
+pub(crate) struct Progress {
+    started: Instant,
+    /// Images that this run will do; 0 while that is not known.
+    total: AtomicU64,
+    ok: AtomicU64,
+    failed: AtomicU64,
+    tokens: AtomicU64,
+    is_over: AtomicBool,
+}
+
+impl Progress {
+    pub(crate) fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            total: AtomicU64::new(0),
+            ok: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            tokens: AtomicU64::new(0),
+            is_over: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn set_total(&self, total: u64) {
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_row(&self, is_ok: bool) {
+        let counter = if is_ok { &self.ok } else { &self.failed };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_tokens(&self, count: usize) {
+        self.tokens.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn num_rows(&self) -> u64 {
+        self.ok.load(Ordering::Relaxed) + self.failed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(crate) fn finish(&self) {
+        self.is_over.store(true, Ordering::Release);
+    }
+
+    /// Shows the counters on standard error until [`Self::finish`].
+    pub(crate) fn report(&self) {
+        if std::io::stderr().is_terminal() {
+            self.show_bar();
+        } else {
+            self.write_lines();
+        }
+    }
+
+    /// `captioned 12400/50000 (3 failed), 41.2 img/s, decode 1830 tok/s, ETA 15m12s`
+    fn line(&self) -> String {
+        let (rows, failed) = (self.num_rows(), self.failed.load(Ordering::Relaxed));
+        let seconds = self.elapsed().as_secs_f64().max(1e-9);
+        let rate = rows as f64 / seconds;
+        let token_rate = self.tokens.load(Ordering::Relaxed) as f64 / seconds;
+        let total = self.total.load(Ordering::Relaxed);
+        let of_total = if total > 0 { format!("/{total}") } else { String::new() };
+        let eta = match total.checked_sub(rows) {
+            Some(left) if total > 0 && rate > 0.0 => {
+                format!(", ETA {}", short_duration(Duration::from_secs_f64(left as f64 / rate)))
+            }
+            _ => String::new(),
+        };
+        format!("captioned {rows}{of_total} ({failed} failed), {rate:.1} img/s, decode {token_rate:.0} tok/s{eta}")
+    }
+
+    fn write_lines(&self) {
+        let mut last = Instant::now();
+        while !self.is_over.load(Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(50));
+            if last.elapsed() >= LINE_INTERVAL {
+                eprintln!("{}", self.line());
+                last = Instant::now();
+            }
+        }
+        eprintln!("{}", self.line());
+    }
+
+    fn show_bar(&self) {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let spinner = ProgressStyle::with_template("{spinner} {msg}").expect("bug: valid template");
+        let with_bar = ProgressStyle::with_template("{bar:30} {msg}").expect("bug: valid template");
+        bar.set_style(spinner);
+        while !self.is_over.load(Ordering::Acquire) {
+            let total = self.total.load(Ordering::Relaxed);
+            if total > 0 && bar.length().is_none() {
+                bar.set_length(total);
+                bar.set_style(with_bar.clone());
+            }
+            bar.set_position(self.num_rows());
+            bar.set_message(self.line());
+            std::thread::sleep(BAR_INTERVAL);
+        }
+        bar.finish_and_clear();
+        eprintln!("{}", self.line());
+    }
+}
+
+/// `2h05m`, `15m12s` or `8s`.
+fn short_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m{s:02}s"),
+        (h, m, _) => format!("{h}h{m:02}m"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_show_two_units() {
+        let shown = [8, 912, 7500].map(|seconds| short_duration(Duration::from_secs(seconds)));
+        assert_eq!(shown, ["8s", "15m12s", "2h05m"]);
+    }
+}

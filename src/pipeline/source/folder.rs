@@ -1,0 +1,71 @@
+//! A folder, searched recursively: entries in lexicographic order, one directory in memory at a time. Links to folders
+//! are not followed, so that a loop cannot hold the run.
+
+use std::fs::DirEntry;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::pipeline::input::is_image_extension;
+use crate::pipeline::source::{Emitter, FileShards, stem};
+
+/// Sends every image below `folder`; keys are paths below it.
+pub(super) fn run(folder: &Path, emitter: &mut Emitter<'_>) -> Result<()> {
+    let mut shards = FileShards::new(stem(folder));
+    let mut walk = Walk::new(folder)?;
+    while let Some(path) = walk.next_image()? {
+        let key = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().replace('\\', "/");
+        shards.push(emitter, &path, key);
+        if emitter.is_done() {
+            break;
+        }
+    }
+    shards.end(emitter);
+    Ok(())
+}
+
+/// Images below `folder`; `None` when it cannot be read.
+pub(super) fn count_images(folder: &Path) -> Option<u64> {
+    let mut walk = Walk::new(folder).ok()?;
+    let mut count = 0;
+    while walk.next_image().ok()?.is_some() {
+        count += 1;
+    }
+    Some(count)
+}
+
+/// Depth-first walk; the stack holds the rest of each directory on the way down.
+struct Walk {
+    stack: Vec<std::vec::IntoIter<DirEntry>>,
+}
+
+impl Walk {
+    fn new(folder: &Path) -> Result<Self> {
+        Ok(Self { stack: vec![sorted_entries(folder)?] })
+    }
+
+    fn next_image(&mut self) -> Result<Option<PathBuf>> {
+        while let Some(entries) = self.stack.last_mut() {
+            let Some(entry) = entries.next() else {
+                self.stack.pop();
+                continue;
+            };
+            let path = entry.path();
+            let kind = entry.file_type().map_err(Error::io("read", &path))?;
+            if kind.is_dir() {
+                self.stack.push(sorted_entries(&path)?);
+            } else if path.extension().is_some_and(|extension| is_image_extension(&extension.to_string_lossy()))
+                && (kind.is_file() || path.is_file())
+            {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn sorted_entries(folder: &Path) -> Result<std::vec::IntoIter<DirEntry>> {
+    let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let mut entries = entries.map_err(Error::io("read", folder))?;
+    entries.sort_by_key(DirEntry::file_name);
+    Ok(entries.into_iter())
+}

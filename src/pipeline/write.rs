@@ -1,0 +1,322 @@
+//! Write: token ids to rows. Detokenizes, puts rows back into input order, and commits a file per shard.
+//!
+//! Rows wait here until their shard is whole (files) or the rows before them are out (standard output). A shard's file
+//! is written under a temporary name and renamed, so that a file that is there is whole.
+
+mod jsonl;
+mod parquet;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crossbeam::channel::Receiver;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::model::Tokenizer;
+use crate::pipeline::progress::Progress;
+use crate::pipeline::row::{Message, Row, Shard};
+use crate::stage::Stage;
+
+pub use self::jsonl::row_to_json;
+
+/// Format of the files of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// One Parquet file per shard, zstd.
+    #[default]
+    Parquet,
+    /// One JSON object a line.
+    Jsonl,
+}
+
+impl Format {
+    fn extension(self) -> &'static str {
+        match self {
+            Self::Parquet => "parquet",
+            Self::Jsonl => "jsonl",
+        }
+    }
+}
+
+/// Where rows go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sink {
+    /// A file per shard in this folder.
+    Folder {
+        /// The output folder.
+        folder: PathBuf,
+        /// Format of the files.
+        format: Format,
+    },
+    /// JSON objects to standard output, one a line, in input order.
+    StandardOutput,
+}
+
+impl Sink {
+    /// Path of a shard's file; `None` for standard output.
+    fn path(&self, shard: &str) -> Option<PathBuf> {
+        match self {
+            Self::Folder { folder, format } => Some(folder.join(format!("captions-{shard}.{}", format.extension()))),
+            Self::StandardOutput => None,
+        }
+    }
+}
+
+/// Counts of rows, also stored with each shard's file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Rows, failed ones too.
+    pub rows: u64,
+    /// Rows with a caption.
+    pub ok: u64,
+    /// Rows without.
+    pub failed: u64,
+    /// Prompt tokens of the rows with a caption, image tokens included.
+    pub prompt_tokens: u64,
+    /// New tokens, stop tokens not counted.
+    pub new_tokens: u64,
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.ok += other.ok;
+        self.failed += other.failed;
+        self.prompt_tokens += other.prompt_tokens;
+        self.new_tokens += other.new_tokens;
+    }
+}
+
+/// A row in the form it is written: the columns of the output.
+#[derive(Clone, Debug, Serialize)]
+pub struct WrittenRow {
+    /// Tar stem, or path below the folder.
+    pub key: String,
+    /// As the input has it.
+    pub url: Option<String>,
+    /// As the input has it.
+    pub org_caption: Option<String>,
+    /// As the input has it.
+    pub sha256: Option<String>,
+    /// As the input has it.
+    pub uid: Option<String>,
+    /// The new caption.
+    pub re_caption: Option<String>,
+    /// Words of the original caption.
+    pub org_length: Option<i64>,
+    /// Words of the new caption.
+    pub re_length: Option<i64>,
+    /// Not scored yet.
+    pub org_clip_score: Option<f64>,
+    /// Not scored yet.
+    pub re_clip_score: Option<f64>,
+    /// Not judged yet.
+    pub org_gpt4v_score: Option<i64>,
+    /// Not judged yet.
+    pub re_gpt4v_score: Option<i64>,
+    /// `ok` or `failed`.
+    pub status: &'static str,
+    /// `stage: reason`.
+    pub error: Option<String>,
+    /// `stop` or `length`.
+    pub finish_reason: Option<&'static str>,
+    /// New tokens, the stop token not counted.
+    pub num_tokens: Option<i64>,
+    /// Of the image as stored.
+    pub width: Option<i32>,
+    /// Of the image as stored.
+    pub height: Option<i32>,
+    /// Of the image bytes as read.
+    pub image_sha256: Option<String>,
+    /// The input file.
+    pub source: String,
+    /// The rest of the sidecar, as JSON.
+    pub metadata: Option<String>,
+    /// New ids, with `--with-token-ids` only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<i64>>,
+}
+
+/// What the write stage needs to know.
+pub(crate) struct WriteOptions {
+    pub(crate) sink: Sink,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) with_token_ids: bool,
+    /// Prompt tokens of each caption.
+    pub(crate) prompt_tokens: usize,
+}
+
+/// Writes rows until the channel is closed and empty. Returns the counts of what was committed, and how many rows of
+/// unfinished shards were not.
+///
+/// # Errors
+/// The disk's; everything committed before stays.
+pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &Progress) -> Result<(Counts, u64)> {
+    let mut shards: BTreeMap<usize, PendingShard> = BTreeMap::new();
+    let mut committed = Counts::default();
+    for message in rows {
+        Stage::Write.enter();
+        let index = match message {
+            Message::Row(row) => {
+                let shard = Arc::clone(&row.draft.shard);
+                let index = row.draft.index;
+                let row = detokenize(*row, options)?;
+                progress.add_row(row.status == "ok");
+                shards.entry(shard.index).or_default().rows.insert(index, row);
+                shard.index
+            }
+            Message::ShardEnded { shard, num_rows } => {
+                let index = shard.index;
+                shards.entry(index).or_default().ended = Some((shard, num_rows));
+                index
+            }
+        };
+        match &options.sink {
+            Sink::StandardOutput => print_ready(options, &mut shards, &mut committed)?,
+            Sink::Folder { .. } => commit_if_whole(options, &mut shards, index, &mut committed)?,
+        }
+    }
+    let num_lost = shards.values().map(|shard| shard.rows.len() as u64).sum();
+    Ok((committed, num_lost))
+}
+
+/// Rows that wait for the rest of their shard.
+#[derive(Default)]
+struct PendingShard {
+    rows: BTreeMap<usize, WrittenRow>,
+    num_printed: usize,
+    ended: Option<(Arc<Shard>, usize)>,
+}
+
+fn commit_if_whole(
+    options: &WriteOptions,
+    shards: &mut BTreeMap<usize, PendingShard>,
+    index: usize,
+    committed: &mut Counts,
+) -> Result<()> {
+    let Some(PendingShard { rows, ended: Some((_, num_rows)), .. }) = shards.get(&index) else { return Ok(()) };
+    if rows.len() < *num_rows {
+        return Ok(());
+    }
+    let Some(PendingShard { rows, ended: Some((shard, _)), .. }) = shards.remove(&index) else { return Ok(()) };
+    let rows: Vec<WrittenRow> = rows.into_values().collect();
+    let counts = count(&rows, options);
+    let Sink::Folder { format, .. } = options.sink else { return Ok(()) };
+    let path = options.sink.path(&shard.name).expect("bug: a folder has paths");
+    match format {
+        Format::Parquet => parquet::write(&path, &rows, counts, options.with_token_ids)?,
+        Format::Jsonl => jsonl::write(&path, &rows)?,
+    }
+    committed.add(counts);
+    Ok(())
+}
+
+/// Prints the rows whose predecessors are all out.
+fn print_ready(
+    options: &WriteOptions,
+    shards: &mut BTreeMap<usize, PendingShard>,
+    committed: &mut Counts,
+) -> Result<()> {
+    while let Some(mut entry) = shards.first_entry() {
+        let pending = entry.get_mut();
+        let mut ready = Vec::new();
+        while let Some(row) = pending.rows.remove(&pending.num_printed) {
+            pending.num_printed += 1;
+            ready.push(row);
+        }
+        committed.add(count(&ready, options));
+        jsonl::print(&ready)?;
+        match &pending.ended {
+            Some((_, num_rows)) if pending.num_printed == *num_rows => entry.remove(),
+            _ => return Ok(()),
+        };
+    }
+    Ok(())
+}
+
+fn detokenize(row: Row, options: &WriteOptions) -> Result<WrittenRow> {
+    let Row { draft, outcome } = row;
+    let num_words = |text: &str| text.split_whitespace().count() as i64;
+    let dimension = |side: u32| i32::try_from(side).unwrap_or(i32::MAX);
+    let (generated, failure) = match outcome {
+        Ok(generated) => (Some(generated), None),
+        Err(failure) => (None, Some(failure)),
+    };
+    let re_caption = match &generated {
+        Some(generated) => Some(options.tokenizer.decode(&generated.token_ids)?.trim().to_owned()),
+        None => None,
+    };
+    Ok(WrittenRow {
+        org_length: draft.input.org_caption.as_deref().map(num_words),
+        re_length: re_caption.as_deref().map(num_words),
+        re_caption,
+        org_clip_score: None,
+        re_clip_score: None,
+        org_gpt4v_score: None,
+        re_gpt4v_score: None,
+        status: if failure.is_none() { "ok" } else { "failed" },
+        error: failure.map(|failure| format!("{}: {}", failure.stage, failure.reason)),
+        finish_reason: generated.as_ref().map(|generated| generated.finish_reason.name()),
+        num_tokens: generated.as_ref().map(|generated| generated.token_ids.len() as i64),
+        width: draft.dimensions.map(|(width, _)| dimension(width)),
+        height: draft.dimensions.map(|(_, height)| dimension(height)),
+        image_sha256: draft.image_sha256,
+        token_ids: generated
+            .filter(|_| options.with_token_ids)
+            .map(|generated| generated.token_ids.into_iter().map(i64::from).collect()),
+        key: draft.input.key,
+        url: draft.input.url,
+        org_caption: draft.input.org_caption,
+        sha256: draft.input.sha256,
+        uid: draft.input.uid,
+        source: draft.input.source,
+        metadata: draft.input.metadata,
+    })
+}
+
+fn count(rows: &[WrittenRow], options: &WriteOptions) -> Counts {
+    let ok = rows.iter().filter(|row| row.status == "ok").count() as u64;
+    Counts {
+        rows: rows.len() as u64,
+        ok,
+        failed: rows.len() as u64 - ok,
+        prompt_tokens: ok * options.prompt_tokens as u64,
+        new_tokens: rows.iter().filter_map(|row| row.num_tokens).sum::<i64>() as u64,
+    }
+}
+
+/// Counts of the shards whose files are in the folder already, by shard name.
+///
+/// # Errors
+/// When the folder or one of the files cannot be read.
+pub(crate) fn finished_shards(sink: &Sink, prompt_tokens: usize) -> Result<HashMap<String, Counts>> {
+    let Sink::Folder { folder, format } = sink else { return Ok(HashMap::new()) };
+    let mut finished = HashMap::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let path = entry.map_err(Error::io("read", folder))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let shard = name.strip_prefix("captions-").and_then(|name| name.strip_suffix(format.extension()));
+        let Some(shard) = shard.and_then(|shard| shard.strip_suffix('.')) else { continue };
+        let counts = match format {
+            Format::Parquet => parquet::read_counts(&path)?,
+            Format::Jsonl => jsonl::read_counts(&path, prompt_tokens)?,
+        };
+        finished.insert(shard.to_owned(), counts);
+    }
+    Ok(finished)
+}
+
+/// Writes a file under a temporary name in the same folder, syncs it and renames it to `path`.
+pub(crate) fn write_atomically<T>(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result<T>) -> Result<T> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let temporary = PathBuf::from(temporary);
+    let mut file = std::fs::File::create(&temporary).map_err(Error::io("create", &temporary))?;
+    let result = write(&mut file)?;
+    file.sync_all().map_err(Error::io("write", &temporary))?;
+    std::fs::rename(&temporary, path).map_err(Error::io("rename to", path))?;
+    Ok(result)
+}

@@ -1,0 +1,148 @@
+//! Parquet: the columns of Recap-DataComp-1B and ours, zstd; the counts of the rows stand in the file's metadata, so
+//! that a resumed run need not read them.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow_array::builder::{Int64Builder, ListBuilder};
+use arrow_array::{ArrayRef, Float64Array, Int32Array, Int64Array, RecordBatch, StringArray};
+use arrow_schema::{DataType, Field, Schema};
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::WriterProperties;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+
+use crate::error::{Error, Result};
+use crate::pipeline::write::{Counts, WrittenRow, write_atomically};
+
+/// Key of the counts in the file's metadata.
+const COUNTS_KEY: &str = "recaption.counts";
+
+pub(super) fn write(path: &Path, rows: &[WrittenRow], counts: Counts, with_token_ids: bool) -> Result<()> {
+    let batch = record_batch(rows, with_token_ids);
+    let counts = serde_json::to_string(&counts).expect("bug: counts serialise");
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_key_value_metadata(Some(vec![KeyValue::new(COUNTS_KEY.to_owned(), counts)]))
+        .build();
+    write_atomically(path, |file| {
+        let written = ArrowWriter::try_new(file, batch.schema(), Some(properties)).and_then(|mut writer| {
+            writer.write(&batch)?;
+            writer.close()
+        });
+        written.map(|_| ()).map_err(|source| disk_error("write", path, source))
+    })
+}
+
+/// Counts of a finished file, from its metadata.
+pub(super) fn read_counts(path: &Path) -> Result<Counts> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let reader = SerializedFileReader::new(file).map_err(|source| disk_error("read", path, source))?;
+    let metadata = reader.metadata().file_metadata();
+    let counts = metadata
+        .key_value_metadata()
+        .and_then(|pairs| pairs.iter().find(|pair| pair.key == COUNTS_KEY))
+        .and_then(|pair| serde_json::from_str(pair.value.as_deref()?).ok());
+    counts.ok_or_else(|| {
+        let reason = format!("it has no `{COUNTS_KEY}`: another program wrote it");
+        disk_error("read", path, ParquetError::General(reason))
+    })
+}
+
+/// The operating system's error if there is one inside, so that a full disk is told as that.
+fn disk_error(action: &'static str, path: &Path, source: ParquetError) -> Error {
+    match source {
+        ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
+            Ok(error) => Error::io(action, path)(*error),
+            Err(inner) => Error::Parquet { action, path: path.to_owned(), source: ParquetError::External(inner) },
+        },
+        source => Error::Parquet { action, path: path.to_owned(), source },
+    }
+}
+
+/// The columns, in the order of the contract.
+fn record_batch(rows: &[WrittenRow], with_token_ids: bool) -> RecordBatch {
+    let mut columns = Columns { rows, fields: Vec::new(), arrays: Vec::new() };
+    columns.required("key", |row| &row.key);
+    columns.text("url", |row| row.url.as_deref());
+    columns.text("org_caption", |row| row.org_caption.as_deref());
+    columns.text("sha256", |row| row.sha256.as_deref());
+    columns.text("uid", |row| row.uid.as_deref());
+    columns.text("re_caption", |row| row.re_caption.as_deref());
+    columns.int64("org_length", |row| row.org_length);
+    columns.int64("re_length", |row| row.re_length);
+    columns.float64("org_clip_score", |row| row.org_clip_score);
+    columns.float64("re_clip_score", |row| row.re_clip_score);
+    columns.int64("org_gpt4v_score", |row| row.org_gpt4v_score);
+    columns.int64("re_gpt4v_score", |row| row.re_gpt4v_score);
+    columns.required("status", |row| row.status);
+    columns.text("error", |row| row.error.as_deref());
+    columns.text("finish_reason", |row| row.finish_reason);
+    columns.int64("num_tokens", |row| row.num_tokens);
+    columns.int32("width", |row| row.width);
+    columns.int32("height", |row| row.height);
+    columns.text("image_sha256", |row| row.image_sha256.as_deref());
+    columns.required("source", |row| &row.source);
+    columns.text("metadata", |row| row.metadata.as_deref());
+    if with_token_ids {
+        columns.token_ids();
+    }
+    let Columns { fields, arrays, .. } = columns;
+    RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays).expect("bug: columns of one length")
+}
+
+struct Columns<'a> {
+    rows: &'a [WrittenRow],
+    fields: Vec<Field>,
+    arrays: Vec<ArrayRef>,
+}
+
+impl<'a> Columns<'a> {
+    fn push(&mut self, name: &str, data_type: DataType, is_nullable: bool, array: ArrayRef) {
+        self.fields.push(Field::new(name, data_type, is_nullable));
+        self.arrays.push(array);
+    }
+
+    fn required(&mut self, name: &str, value: impl Fn(&'a WrittenRow) -> &'a str) {
+        let array = StringArray::from_iter_values(self.rows.iter().map(value));
+        self.push(name, DataType::Utf8, false, Arc::new(array));
+    }
+
+    fn text(&mut self, name: &str, value: impl Fn(&'a WrittenRow) -> Option<&'a str>) {
+        let array: StringArray = self.rows.iter().map(value).collect();
+        self.push(name, DataType::Utf8, true, Arc::new(array));
+    }
+
+    fn int64(&mut self, name: &str, value: impl Fn(&WrittenRow) -> Option<i64>) {
+        let array: Int64Array = self.rows.iter().map(value).collect();
+        self.push(name, DataType::Int64, true, Arc::new(array));
+    }
+
+    fn int32(&mut self, name: &str, value: impl Fn(&WrittenRow) -> Option<i32>) {
+        let array: Int32Array = self.rows.iter().map(value).collect();
+        self.push(name, DataType::Int32, true, Arc::new(array));
+    }
+
+    fn float64(&mut self, name: &str, value: impl Fn(&WrittenRow) -> Option<f64>) {
+        let array: Float64Array = self.rows.iter().map(value).collect();
+        self.push(name, DataType::Float64, true, Arc::new(array));
+    }
+
+    fn token_ids(&mut self) {
+        let mut builder = ListBuilder::new(Int64Builder::new());
+        for row in self.rows {
+            match &row.token_ids {
+                Some(ids) => {
+                    builder.values().append_slice(ids);
+                    builder.append(true);
+                }
+                None => builder.append(false),
+            }
+        }
+        let item = Arc::new(Field::new("item", DataType::Int64, true));
+        self.push("token_ids", DataType::List(item), true, Arc::new(builder.finish()));
+    }
+}
