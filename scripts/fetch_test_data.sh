@@ -51,7 +51,7 @@ fetch_tokenizer() {
     echo "$target made"
 }
 
-# A virtual environment with Pillow, whose path it sets in $light.
+# A virtual environment with Pillow and ruff (for check.sh), whose Python it sets in $light.
 make_venv() {
     local venv=$fetched/venv
     light=$venv/bin/python
@@ -70,11 +70,11 @@ make_venv() {
 
 fetch_photos() {
     local photos=$fetched/photos
+    make_venv
     if [ -e $photos/index.json ]; then
         echo "$photos/index.json is there"
         return
     fi
-    make_venv
     download scikit-image==0.26.0 abed017474593cd3056ae0fe948d07d0747b27a085e92df5474f4955dd65aec0
     download scikit-learn==1.8.0 35c007dedb2ffe38fe3ee7d201ebac4a2deccd2408e8621d53067733e3c74809
     local sources=("$scratch"/scikit_image-*.whl "$scratch"/scikit_learn-*.whl)

@@ -244,7 +244,7 @@ fn axis_shapes(settings: &Preprocessing, width: u32, height: u32) -> (AxisShape,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::processor_config::Filter;
+    use recaption_export::Filter;
 
     fn settings(geometry: Geometry, height: u32, width: u32) -> Preprocessing {
         let (image_mean, image_std, rescale_factor) = ([0.0; 3], [1.0; 3], 1.0);

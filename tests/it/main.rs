@@ -1,0 +1,15 @@
+//! Integration tests: one binary, a module per behaviour. References come from transformers, Pillow and the real
+//! tokenizer; `scripts/golden/` makes them, `scripts/fetch_test_data.sh` fetches what is not committed.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+mod bad_inputs;
+mod command_line;
+mod demo;
+mod independence;
+mod library;
+mod parity;
+mod preprocessing;
+mod shutdown;
+mod support;
+mod text;

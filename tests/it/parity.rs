@@ -1,0 +1,193 @@
+//! Exported graphs against transformers in fp32: prefill logits close, greedy ids identical. The goldens are of the
+//! stored weights; `scripts/golden/make_checkpoints.py` makes both.
+
+use std::path::{Path, PathBuf};
+
+use recaption::export::IMAGE_INDEX_TEXT;
+use recaption::model::prompt::Preset;
+use recaption::model::sequence::StopRule;
+use recaption::model::{Bundle, Prompt, TemplateChoice, Tokenizer};
+use recaption::pipeline::engine::{Engine, EngineOptions};
+use recaption::pipeline::load::{LoadLimits, load};
+use recaption::pipeline::preprocess::Preprocessor;
+use recaption::runtime::Device;
+use serde_json::Value;
+
+use crate::support::{
+    FP32_LOGITS, assert_close, bundle, checkpoints, floats, integers, printed_rows, read_json, recaption, root, stderr,
+};
+
+struct Golden {
+    name: String,
+    json: Value,
+}
+
+impl Golden {
+    fn all() -> Vec<Self> {
+        let goldens: Vec<Self> = checkpoints()
+            .into_iter()
+            .map(|name| {
+                let json = read_json(&root(&format!("tests/data/checkpoints/{name}/golden.json")));
+                Self { name, json }
+            })
+            .collect();
+        assert!(goldens.len() >= 8, "{} checkpoints", goldens.len());
+        goldens
+    }
+
+    fn bundle(&self) -> PathBuf {
+        bundle(&format!("tests/data/checkpoints/{}", self.name))
+    }
+
+    fn prompt(&self) -> &str {
+        self.json["prompt"].as_str().unwrap()
+    }
+
+    /// A template that knows text only got its image in the text: that is the plain preset here, not the default.
+    fn template(&self) -> Option<Preset> {
+        self.json["messages"][0]["content"].is_string().then_some(Preset::PlainLlama3)
+    }
+
+    fn images(&self) -> &[Value] {
+        self.json["images"].as_array().unwrap()
+    }
+
+    fn image_paths(&self) -> Vec<String> {
+        let folder = root(&format!("tests/data/checkpoints/{}", self.name));
+        let path = |image: &Value| folder.join(image["image"].as_str().unwrap()).canonicalize().unwrap();
+        self.images().iter().map(|image| path(image).display().to_string()).collect()
+    }
+
+    /// Runs the command line on the golden's images; `extra` arguments go last.
+    fn run(&self, extra: &[&str]) -> Vec<Value> {
+        let (bundle, paths) = (self.bundle().display().to_string(), self.image_paths());
+        let mut args = vec!["run"];
+        args.extend(paths.iter().map(String::as_str));
+        args.extend(["--model", &bundle, "--prompt", self.prompt(), "--max-new-tokens", "48"]);
+        args.extend(["--with-token-ids", "--quiet", "--provider", "cpu"]);
+        if let Some(template) = self.template() {
+            args.extend(["--template", template.name()]);
+        }
+        args.extend(extra);
+        let output = recaption(&args);
+        let rows = printed_rows(&output);
+        assert_eq!(rows.len(), self.images().len(), "{}: {}", self.name, stderr(&output));
+        rows
+    }
+}
+
+fn pixel_values(bundle: &Bundle, path: &Path) -> Vec<f32> {
+    let image = load(&std::fs::read(path).unwrap(), &LoadLimits::default()).unwrap();
+    let mut preprocessor = Preprocessor::new(bundle.manifest.preprocessing.clone());
+    let mut pixel_values = vec![0.0; preprocessor.num_values()];
+    preprocessor.run(&image, &mut pixel_values).unwrap();
+    pixel_values
+}
+
+fn prompt(golden: &Golden, bundle: &Bundle) -> Prompt {
+    let tokenizer = Tokenizer::open(&bundle.tokenizer_path()).unwrap();
+    let template = golden.template().map(TemplateChoice::Preset);
+    Prompt::build(golden.prompt(), template.as_ref(), &bundle.manifest.prompt, &tokenizer).unwrap()
+}
+
+#[test]
+fn prompts_have_the_ids_that_transformers_gives() {
+    for golden in Golden::all() {
+        let bundle = Bundle::open(&golden.bundle()).unwrap();
+        let prompt = prompt(&golden, &bundle);
+        for image in golden.images() {
+            assert_eq!(prompt.rendered, image["rendered_prompt"].as_str().unwrap(), "{}", golden.name);
+            let num_image_tokens = bundle.manifest.vision.num_image_tokens;
+            let ids = integers(&image["input_ids"]);
+            assert_eq!(ids.len(), prompt.len(num_image_tokens), "{}", golden.name);
+            let text: Vec<i64> = prompt.before.iter().chain(&prompt.after).map(|&id| i64::from(id)).collect();
+            let (start, end) = (prompt.before.len(), prompt.before.len() + num_image_tokens);
+            assert_eq!(text, [&ids[..start], &ids[end..]].concat(), "{}", golden.name);
+        }
+    }
+}
+
+#[test]
+fn prefill_logits_match_transformers() {
+    recaption::runtime::load_library().unwrap();
+    let mut largest: f32 = 0.0;
+    for golden in Golden::all() {
+        let bundle = Bundle::open(&golden.bundle()).unwrap();
+        let paths = golden.image_paths();
+        let options = EngineOptions {
+            device: Device::Cpu,
+            num_threads: 1,
+            num_slots: paths.len(),
+            vision_batch: paths.len(),
+            stop_rule: StopRule { stop_token_ids: vec![], max_new_tokens: 1, ignore_eos: true },
+        };
+        let mut engine = Engine::<()>::open(&bundle, &prompt(&golden, &bundle), &options).unwrap();
+        let pixels: Vec<Vec<f32>> = paths.iter().map(|path| pixel_values(&bundle, Path::new(path))).collect();
+        let vocab_size = bundle.manifest.decoder.vocab_size;
+        let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
+        let batched = engine.prefill_logits(&views).unwrap();
+        for (i, image) in golden.images().iter().enumerate() {
+            let expected = floats(&image["logits"]);
+            let what = format!("{} image {i}", golden.name);
+            let difference = assert_close(&batched[i * vocab_size..][..vocab_size], &expected, FP32_LOGITS, &what);
+            largest = largest.max(difference);
+            let alone = engine.prefill_logits(&views[i..=i]).unwrap();
+            assert_close(&alone, &expected, FP32_LOGITS, &format!("{what} alone"));
+        }
+    }
+    println!("largest difference of logits: {largest:e}");
+}
+
+#[test]
+fn greedy_ids_are_those_of_transformers() {
+    for golden in Golden::all() {
+        for (row, image) in golden.run(&["--ignore-eos"]).iter().zip(golden.images()) {
+            assert_eq!(row["status"], "ok", "{}: {}", golden.name, row["error"]);
+            assert_eq!(integers(&row["token_ids"]), integers(&image["token_ids"]), "{} {}", golden.name, image["image"]);
+            assert_eq!(row["finish_reason"], "length");
+        }
+    }
+}
+
+#[test]
+fn captions_end_where_transformers_ends_them() {
+    let mut num_stopped = 0;
+    for golden in Golden::all() {
+        let stop_ids = integers(&golden.json["stop_ids"]);
+        let bundle = Bundle::open(&golden.bundle()).unwrap();
+        assert!(stop_ids.iter().all(|&id| bundle.manifest.stop_token_ids.contains(&(id as u32))), "{}", golden.name);
+        for (row, image) in golden.run(&[]).iter().zip(golden.images()) {
+            let expected = integers(&image["token_ids"]);
+            let is_stop = |id: &i64| bundle.manifest.stop_token_ids.contains(&(*id as u32));
+            let length = expected.iter().position(is_stop).unwrap_or(expected.len());
+            assert_eq!(integers(&row["token_ids"]), &expected[..length], "{}", golden.name);
+            assert_eq!(row["num_tokens"], length);
+            let is_stopped = length < expected.len();
+            assert_eq!(row["finish_reason"], if is_stopped { "stop" } else { "length" });
+            num_stopped += usize::from(is_stopped);
+            // The manifest may know one stop more than the golden (`<|eot_id|>`): then the golden's text is longer.
+            if stop_ids.len() == bundle.manifest.stop_token_ids.len() {
+                assert_eq!(row["re_caption"], image["caption"].as_str().unwrap().trim(), "{}", golden.name);
+            }
+        }
+    }
+    assert!(num_stopped > 0, "no golden stops: the test shows nothing");
+}
+
+#[test]
+fn an_image_token_outside_the_embedding_table_is_not_looked_up() {
+    let manifest = Bundle::open(&bundle("tests/data/checkpoints/image-token-outside-f16")).unwrap().manifest;
+    let config = read_json(&root("tests/data/checkpoints/image-token-outside-f16/config.json"));
+    let image_id = config["image_token_index"].as_u64().or(config["image_token_id"].as_u64()).unwrap();
+    assert!(image_id >= manifest.decoder.vocab_size as u64, "the checkpoint does not show it");
+    assert!(IMAGE_INDEX_TEXT < 0);
+}
+
+#[test]
+fn tower_layers_above_the_selected_one_are_left_out() {
+    let manifest = Bundle::open(&bundle("tests/data/checkpoints/published-f16")).unwrap().manifest;
+    let config = read_json(&root("tests/data/checkpoints/published-f16/config.json"));
+    assert_eq!(config["vision_feature_layer"], -2);
+    let num_layers = config["vision_config"]["num_hidden_layers"].as_u64().unwrap();
+    assert_eq!(manifest.vision.num_layers as u64, num_layers - 1);
+}
