@@ -15,7 +15,7 @@ use crate::error::Result;
 /// How an RGB picture becomes `pixel_values`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Preprocessing {
-    /// Padded or cropped.
+    /// Which part of the picture ends up where.
     pub geometry: Geometry,
     /// How pixels are resampled.
     pub filter: Filter,
@@ -38,13 +38,13 @@ pub enum Geometry {
     /// Centred in a square of its longer side, the rest filled with `background` (0..=255), then
     /// the square is resized to `height` x `width`. LLaVA 1.5's own preprocessing.
     Pad {
-        /// Red, green, blue.
+        /// Red, green, blue: `image_mean` * 255, rounded down.
         background: [u8; 3],
     },
     /// Resized, then the central `height` x `width` are cut out, with black (0, 0, 0) around a
     /// picture that is smaller than that. CLIP's preprocessing.
     ResizeCrop {
-        /// To what size.
+        /// Size before the crop.
         resize: Resize,
     },
 }
@@ -59,9 +59,9 @@ pub enum Resize {
     ShortestEdge(u32),
     /// Both sides are set; the picture is stretched.
     Exact {
-        /// Pixels.
+        /// Height in pixels.
         height: u32,
-        /// Pixels.
+        /// Width in pixels.
         width: u32,
     },
 }
@@ -69,18 +69,13 @@ pub enum Resize {
 /// Resampling filters, with Pillow's meaning of each: `PIL.Image.Resampling`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the variants are the filters' names")]
 pub enum Filter {
-    /// Nearest neighbour.
     Nearest,
-    /// Lanczos, three lobes.
     Lanczos,
-    /// Triangle.
     Bilinear,
-    /// Cubic with a = -0.5.
     Bicubic,
-    /// Box.
     Box,
-    /// Hamming window.
     Hamming,
 }
 
@@ -102,29 +97,23 @@ impl Filter {
 
 /// Why an image processor's settings are refused.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are shown in the messages")]
 pub enum ProcessorConfigError {
-    /// The settings name no type of processor.
+    /// Not an image processor, or one without a name.
     #[error(
         "the image processor has no image_processor_type; \
          give the model's preprocessor_config.json, or a processor_config.json that holds one"
     )]
     NoType,
-    /// A type that this project does not reproduce.
+    /// A processor with other semantics, such as `LlavaNextImageProcessor`.
     #[error(
         "image processor type {0} is not supported; \
          use a model with CLIPImageProcessor or LlavaImageProcessor"
     )]
     UnknownType(String),
-    /// A setting that is malformed or not reproduced.
+    /// A setting with a value that is not reproduced here, or no valid value.
     #[error("{key} is {found} in the image processor's settings; {wanted}")]
-    Setting {
-        /// Its name.
-        key: &'static str,
-        /// Its value, as JSON.
-        found: String,
-        /// What to do.
-        wanted: &'static str,
-    },
+    Setting { key: &'static str, found: String, wanted: &'static str },
 }
 
 /// `image_mean` and `image_std` of OpenAI's CLIP, transformers' defaults for both processors.

@@ -97,7 +97,9 @@ impl LoadLimits {
 /// An upright picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RgbImage {
+    /// Width of the upright picture.
     pub width: u32,
+    /// Height of the upright picture.
     pub height: u32,
     /// [height, width, 3], sRGB samples of 8 bits (colour profiles are not applied).
     pub pixels: Vec<u8>,
@@ -109,27 +111,36 @@ pub struct RgbImage {
 
 /// Why a file gave no picture. The texts are meant to follow `load: ` in a row's reason.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are named and shown in the messages")]
 pub enum LoadError {
+    /// Zero bytes.
     #[error("empty file (0 bytes); fetch it again")]
     Empty,
+    /// No magic bytes of a format that is read.
     #[error("not a JPEG, PNG, WebP, GIF or BMP image (starts with `{start}`)")]
     NotAnImage { start: String },
+    /// Above [`LoadLimits::max_pixels`].
     #[error(
         "{width}x{height} is {num_pixels} pixels, above the limit of {max_pixels}; \
          raise the limit if the image is genuine"
     )]
     TooManyPixels { width: u32, height: u32, num_pixels: u64, max_pixels: u64 },
+    /// Above [`LoadLimits::max_alloc_bytes`].
     #[error(
         "decoding takes {num_bytes} bytes of memory, above the limit of {max_bytes}; \
          raise the limit if the image is genuine"
     )]
     TooManyBytes { num_bytes: u64, max_bytes: u64 },
+    /// The file ends before the picture does.
     #[error("truncated {format} image (ends after {num_bytes} bytes); fetch it again")]
     Truncated { format: Format, num_bytes: usize },
+    /// The decoder cannot make sense of the data.
     #[error("corrupt {format} image ({message}); fetch it again")]
     Corrupt { format: Format, message: String },
+    /// A valid file of a kind that is not read.
     #[error("{format} image uses {feature}, which is not supported; convert it first")]
     Unsupported { format: Format, feature: String },
+    /// A bug of the decoder, confined to this picture.
     #[error("the {format} decoder panicked ({message}); please report the image")]
     DecoderPanicked { format: Format, message: String },
 }

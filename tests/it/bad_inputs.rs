@@ -15,13 +15,13 @@ fn every_bad_image_is_a_failed_row_and_every_good_one_is_captioned() {
     let out = tempfile::tempdir().unwrap();
     let bundle = demo_bundle();
     let args = ["run", folder.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--max-new-tokens", "4"];
-    let output = recaption(&[&args[..], &["--out", out.path().to_str().unwrap(), "--quiet", "--provider", "cpu"]].concat());
+    let output =
+        recaption(&[&args[..], &["--out", out.path().to_str().unwrap(), "--quiet", "--provider", "cpu"]].concat());
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
 
     let rows = parquet_rows(out.path());
     let keys: Vec<&str> = rows.iter().map(|row| row["key"].as_str().unwrap()).collect();
-    let mut files: Vec<&str> =
-        expected.as_array().unwrap().iter().map(|case| case["file"].as_str().unwrap()).collect();
+    let mut files: Vec<&str> = expected.as_array().unwrap().iter().map(|case| case["file"].as_str().unwrap()).collect();
     files.sort_unstable();
     assert_eq!(keys, files, "one row for each file, in order");
     for row in &rows {
@@ -165,8 +165,7 @@ fn a_damaged_checkpoint_is_refused_by_the_name_of_the_tensor_or_file() {
     let without_tokenizer = copy("without-tokenizer");
     std::fs::remove_file(without_tokenizer.join("tokenizer.json")).unwrap();
     assert!(refusal(&without_tokenizer).contains("has no tokenizer.json"));
-    let options =
-        ExportOptions { tokenizer: Some(source.join("tokenizer.json")), ..ExportOptions::default() };
+    let options = ExportOptions { tokenizer: Some(source.join("tokenizer.json")), ..ExportOptions::default() };
     export(&without_tokenizer, &folder.path().join("given"), &options).unwrap();
 }
 
@@ -186,5 +185,8 @@ fn a_bundle_with_a_file_cut_off_is_refused() {
     let output = recaption(&["run", image.to_str().unwrap(), "--model", copy.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(2));
     let message = stderr(&output);
-    assert!(message.contains("decoder.onnx.data") && message.contains("hint: export the checkpoint again"), "{message}");
+    assert!(
+        message.contains("decoder.onnx.data") && message.contains("hint: export the checkpoint again"),
+        "{message}"
+    );
 }

@@ -45,6 +45,7 @@ fn rows_come_in_input_order_whatever_finishes_first() {
     let args = ["run", shard.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--engines", "2", "--slots", "7"];
     let output = recaption(&[&args[..], &["--out", out.path().to_str().unwrap(), "--quiet"]].concat());
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let keys: Vec<String> = parquet_rows(out.path()).iter().map(|row| row["key"].as_str().unwrap().to_owned()).collect();
+    let keys: Vec<String> =
+        parquet_rows(out.path()).iter().map(|row| row["key"].as_str().unwrap().to_owned()).collect();
     assert_eq!(keys, (0..64).map(|i| format!("{i:09}")).collect::<Vec<_>>());
 }

@@ -8,6 +8,7 @@ mod command_line;
 mod demo;
 mod independence;
 mod library;
+mod load;
 mod parity;
 mod preprocessing;
 mod shutdown;

@@ -143,7 +143,13 @@ fn greedy_ids_are_those_of_transformers() {
     for golden in Golden::all() {
         for (row, image) in golden.run(&["--ignore-eos"]).iter().zip(golden.images()) {
             assert_eq!(row["status"], "ok", "{}: {}", golden.name, row["error"]);
-            assert_eq!(integers(&row["token_ids"]), integers(&image["token_ids"]), "{} {}", golden.name, image["image"]);
+            assert_eq!(
+                integers(&row["token_ids"]),
+                integers(&image["token_ids"]),
+                "{} {}",
+                golden.name,
+                image["image"]
+            );
             assert_eq!(row["finish_reason"], "length");
         }
     }

@@ -40,9 +40,9 @@ fn a_panic_in_any_stage_ends_the_run_with_its_message() {
             child.stderr.take().unwrap().read_to_string(&mut message).unwrap();
             assert_eq!(status.code(), Some(2), "{stage}:{at}: {message}");
             assert!(message.contains(&format!("error: {stage} stage panicked: injected")), "{stage}:{at}: {message}");
-            let captions = std::fs::read_dir(out.path()).unwrap().filter(|entry| {
-                entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("captions-")
-            });
+            let captions = std::fs::read_dir(out.path())
+                .unwrap()
+                .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("captions-"));
             assert_eq!(captions.count(), 0, "{stage}:{at} left a file of an unfinished shard");
         }
     }

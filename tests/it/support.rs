@@ -57,8 +57,7 @@ pub(crate) fn demo_shard() -> PathBuf {
 /// Names of the committed checkpoints that transformers has given goldens for.
 pub(crate) fn checkpoints() -> Vec<String> {
     let entries = std::fs::read_dir(root("tests/data/checkpoints")).unwrap();
-    let mut names: Vec<String> =
-        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }

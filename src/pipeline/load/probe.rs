@@ -7,6 +7,7 @@
 use std::fmt;
 
 /// Image formats that [`super::load`] reads.
+#[expect(missing_docs, reason = "the variants are the formats' names")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Jpeg,
@@ -29,7 +30,7 @@ impl fmt::Display for Format {
 }
 
 /// Finds the format by its magic bytes.
-pub fn sniff(bytes: &[u8]) -> Option<Format> {
+pub(super) fn sniff(bytes: &[u8]) -> Option<Format> {
     if bytes.starts_with(b"\xff\xd8\xff") {
         Some(Format::Jpeg)
     } else if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
@@ -47,7 +48,7 @@ pub fn sniff(bytes: &[u8]) -> Option<Format> {
 
 /// Reads (width, height) as stored, before any EXIF orientation. `None` where the header is
 /// missing, cut short, or says zero.
-pub fn dimensions(format: Format, bytes: &[u8]) -> Option<(u32, u32)> {
+pub(super) fn dimensions(format: Format, bytes: &[u8]) -> Option<(u32, u32)> {
     let (width, height) = match format {
         Format::Jpeg => {
             let header = JpegHeader::read(bytes)?;
@@ -67,21 +68,21 @@ pub fn dimensions(format: Format, bytes: &[u8]) -> Option<(u32, u32)> {
 }
 
 /// The parts of a JPEG's header that decide how its samples are turned into colours.
-pub struct JpegHeader {
-    pub width: u16,
-    pub height: u16,
-    pub num_components: u8,
-    pub is_progressive: bool,
+pub(super) struct JpegHeader {
+    pub(super) width: u16,
+    pub(super) height: u16,
+    pub(super) num_components: u8,
+    pub(super) is_progressive: bool,
     /// Offset of the word `Adobe` in the first APP14 segment, and that segment's colour transform.
-    pub adobe: Option<(usize, u8)>,
+    pub(super) adobe: Option<(usize, u8)>,
     /// Offset just behind the header of the first scan, where its entropy-coded data start.
     /// `None` where the file ends before.
-    pub scan_start: Option<usize>,
+    pub(super) scan_start: Option<usize>,
 }
 
 impl JpegHeader {
     /// Walks the marker segments (ITU-T T.81, annex B) up to the first scan.
-    pub fn read(bytes: &[u8]) -> Option<Self> {
+    pub(super) fn read(bytes: &[u8]) -> Option<Self> {
         let mut found: Option<Self> = None;
         let mut adobe = None;
         let mut position = 2;
@@ -130,7 +131,7 @@ impl JpegHeader {
 
 /// Finds the next marker at or behind `position`: its code and the offset behind it. Skips
 /// entropy-coded data, stuffed bytes (`ff 00`), fill bytes (`ff ff`) and stray bytes, as libjpeg.
-pub fn next_marker(bytes: &[u8], mut position: usize) -> Option<(u8, usize)> {
+pub(super) fn next_marker(bytes: &[u8], mut position: usize) -> Option<(u8, usize)> {
     loop {
         position += bytes.get(position..)?.iter().position(|&byte| byte == 0xff)? + 1;
         match bytes.get(position)? {
@@ -160,7 +161,7 @@ fn webp_dimensions(bytes: &[u8]) -> Option<(u32, u32)> {
 }
 
 /// Where a WebP file ends by its own account.
-pub fn riff_end(bytes: &[u8]) -> Option<u64> {
+pub(super) fn riff_end(bytes: &[u8]) -> Option<u64> {
     array(bytes, 4).map(|size| u64::from(u32::from_le_bytes(size)) + 8)
 }
 
