@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny_tokenizer
 import torch
-import tower_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -44,6 +42,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import logging
+
+import tiny_tokenizer
+import tower_images
 
 NEW_TOKENS = 48
 MIN_MARGIN = 4e-3

@@ -77,7 +77,7 @@ impl Progress {
         let total = self.total.load(Ordering::Relaxed);
         let of_total = if total > 0 { format!("/{total}") } else { String::new() };
         let eta = match total.checked_sub(rows) {
-            Some(left) if total > 0 && rate > 0.0 => {
+            Some(left) if left > 0 && rate > 0.0 => {
                 format!(", ETA {}", short_duration(Duration::from_secs_f64(left as f64 / rate)))
             }
             _ => String::new(),
