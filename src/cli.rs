@@ -206,7 +206,7 @@ pub struct RunArgs {
     /// Example: --json
     #[arg(long, requires = "out")]
     pub json: bool,
-    /// Panic in STAGE[:N] at its item N, to test that a run ends well
+    /// Panic in STAGE:N, at its item N, to test that a run ends well
     #[arg(long, hide = true, value_name = "STAGE[:N]", value_parser = parse_injection)]
     pub inject_panic: Option<(Stage, usize)>,
 }
