@@ -13,8 +13,12 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     match commands::execute(cli.command) {
         Ok(outcome) => outcome.into(),
+        // Whoever read standard output has seen enough: `recaption run … | head -1`.
+        Err(error) if error.downcast_ref::<recaption::Error>().is_some_and(recaption::Error::is_broken_pipe) => {
+            Outcome::Interrupted.into()
+        }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {error}");
             if let Some(hint) = error.downcast_ref::<recaption::Error>().and_then(recaption::Error::hint) {
                 eprintln!("hint: {hint}");
             }

@@ -114,7 +114,11 @@ impl Checkpoint {
                     start: data_start + info.data_offsets.0,
                     end: data_start + info.data_offsets.1,
                 };
-                tensors.insert(name, location);
+                let shard_path = |shard: usize| shards.get(shard).map_or(&path, |shard: &Shard| &shard.path).clone();
+                if let Some(first) = tensors.insert(name.clone(), location) {
+                    let (first, second) = (shard_path(first.shard), path.clone());
+                    return Err(Error::DuplicateTensor { name, first, second });
+                }
             }
             shards.push(Shard { path, map });
         }
@@ -171,14 +175,16 @@ impl Checkpoint {
 
     /// Fails when the checkpoint holds tensors that nothing asked for, other than those a LLaVA is known to carry
     /// unused: tower layers past the selected one, the tower's last norm, buffers of old versions, a tied head.
-    pub(crate) fn refuse_unused(&self) -> Result<()> {
+    pub(crate) fn refuse_unused(&self, unused_tower_layers: std::ops::Range<usize>) -> Result<()> {
         let used = self.used.borrow();
         let tower = self.full_name(Part::VisionTower, "");
+        let is_unused_layer = |name: &str| {
+            let layer = name.strip_prefix("encoder.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+            layer.is_some_and(|layer| unused_tower_layers.contains(&layer))
+        };
         let is_known = |name: &str| {
             name.strip_prefix(&tower).is_some_and(|rest| {
-                rest.starts_with("post_layernorm.")
-                    || rest.starts_with("encoder.layers.")
-                    || rest.ends_with("position_ids")
+                rest.starts_with("post_layernorm.") || is_unused_layer(rest) || rest.ends_with("position_ids")
             }) || name.ends_with("rotary_emb.inv_freq")
                 || name == self.full_name(Part::LmHead, "weight")
         };

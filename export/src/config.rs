@@ -11,6 +11,12 @@ use serde_json::Value;
 use crate::activation::Activation;
 use crate::error::{Error, Result};
 
+/// No dimension of a real model comes near; a larger one is a damaged file.
+const MAX_DIMENSION: usize = 1 << 24;
+/// Most positions of a bundle: a prompt with its image and caption takes under a thousand, and the rotary tables of a
+/// million positions would be half a gigabyte.
+const MAX_POSITIONS: usize = 32_768;
+
 /// A LLaVA checkpoint's dimensions and options.
 #[derive(Clone, Debug)]
 pub(crate) struct LlavaConfig {
@@ -29,6 +35,8 @@ pub(crate) struct VisionConfig {
     pub(crate) hidden_size: usize,
     pub(crate) intermediate_size: usize,
     pub(crate) num_heads: usize,
+    /// Encoder layers of the checkpoint, computed or not.
+    pub(crate) num_stored_layers: usize,
     pub(crate) image_size: usize,
     pub(crate) patch_size: usize,
     pub(crate) activation: Activation,
@@ -85,8 +93,15 @@ pub(crate) struct DecoderConfig {
     pub(crate) attention_bias: bool,
     pub(crate) mlp_bias: bool,
     pub(crate) rope: Rope,
-    /// `None` when the configuration does not say; the weights decide then.
-    pub(crate) tie_word_embeddings: Option<bool>,
+    /// Whether a missing head is the embedding table; a head that is stored is used in any case.
+    pub(crate) tie_word_embeddings: bool,
+}
+
+impl DecoderConfig {
+    /// Positions that the bundle serves: rows of the rotary tables.
+    pub(crate) fn num_positions(&self) -> usize {
+        self.max_position_embeddings.min(MAX_POSITIONS)
+    }
 }
 
 /// Rotary position embedding.
@@ -173,6 +188,7 @@ struct RawTextConfig {
     head_dim: Option<usize>,
     hidden_act: Option<String>,
     max_position_embeddings: Option<usize>,
+    original_max_position_embeddings: Option<f64>,
     rms_norm_eps: Option<f32>,
     vocab_size: Option<usize>,
     attention_bias: Option<bool>,
@@ -198,6 +214,12 @@ struct RawRope {
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
     partial_rotary_factor: Option<f64>,
+}
+
+impl RawRope {
+    fn is_empty(&self) -> bool {
+        self.rope_theta.is_none() && self.rope_type.is_none() && self.r#type.is_none() && self.factor.is_none()
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -236,7 +258,7 @@ impl LlavaConfig {
     /// # Errors
     /// [`Error::InvalidConfig`] for malformed fields, [`Error::Unsupported`] for what is not built.
     pub(crate) fn from_json(config: &Value, path: &Path) -> Result<Self> {
-        let raw: RawConfig = serde_json::from_value(config.clone())
+        let raw: RawConfig = serde_path_to_error::deserialize(config)
             .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })?;
         match raw.model_type.as_deref() {
             Some("llava") => {}
@@ -300,7 +322,7 @@ impl RawVisionConfig {
                 ));
             }
         };
-        let num_layers = self.num_hidden_layers.unwrap_or(12) as i64;
+        let num_layers = self.num_hidden_layers.unwrap_or(12).min(MAX_DIMENSION) as i64;
         let num_states = num_layers + 1;
         let feature_layers = layers
             .iter()
@@ -322,6 +344,7 @@ impl RawVisionConfig {
             hidden_size: self.hidden_size.unwrap_or(768),
             intermediate_size: self.intermediate_size.unwrap_or(3072),
             num_heads: self.num_attention_heads.unwrap_or(12),
+            num_stored_layers: num_layers as usize,
             image_size: self.image_size.unwrap_or(224),
             patch_size: self.patch_size.unwrap_or(32),
             activation: Activation::parse(
@@ -336,9 +359,12 @@ impl RawVisionConfig {
             ("vision_config.hidden_size", vision.hidden_size),
             ("vision_config.intermediate_size", vision.intermediate_size),
             ("vision_config.patch_size", vision.patch_size),
+            ("vision_config.num_attention_heads", vision.num_heads),
+            ("vision_config.image_size", vision.image_size),
             ("vision_config.image_size / patch_size", vision.image_size / vision.patch_size.max(1)),
         ];
-        refuse_zero(&positive, path)?;
+        refuse_out_of_range(&positive, path)?;
+        refuse_bad_epsilon("vision_config.layer_norm_eps", vision.layer_norm_eps, path)?;
         refuse_uneven("vision_config", vision.hidden_size, vision.num_heads, path)?;
         Ok(vision)
     }
@@ -379,9 +405,8 @@ impl RawTextConfig {
             mlp_bias: self.mlp_bias.unwrap_or(false),
             rope,
             tie_word_embeddings: match (self.tie_word_embeddings, top_level_tie) {
-                (Some(true), _) | (_, Some(true)) => Some(true),
-                (None, None) => None,
-                _ => Some(false),
+                (Some(true), _) | (_, Some(true)) => true,
+                _ => false,
             },
         };
         let positive = [
@@ -389,11 +414,13 @@ impl RawTextConfig {
             ("text_config.intermediate_size", decoder.intermediate_size),
             ("text_config.num_hidden_layers", decoder.num_layers),
             ("text_config.num_attention_heads", decoder.num_heads),
+            ("text_config.num_key_value_heads", decoder.num_kv_heads),
+            ("text_config.max_position_embeddings", decoder.num_positions()),
             ("text_config.head_dim", decoder.head_dim),
             ("text_config.vocab_size", decoder.vocab_size),
-            ("text_config.max_position_embeddings", decoder.max_position_embeddings),
         ];
-        refuse_zero(&positive, path)?;
+        refuse_bad_epsilon("text_config.rms_norm_eps", decoder.rms_norm_eps, path)?;
+        refuse_out_of_range(&positive, path)?;
         refuse_uneven("text_config (key/value heads)", decoder.num_heads, decoder.num_kv_heads, path)?;
         if !decoder.head_dim.is_multiple_of(2) {
             return Err(Error::unsupported(
@@ -406,14 +433,19 @@ impl RawTextConfig {
     }
 
     fn rope(&self, path: &Path) -> Result<Rope> {
-        let raw = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        // transformers' order; an empty object counts as none.
+        let raw = [&self.rope_scaling, &self.rope_parameters].into_iter().flatten().find(|raw| !raw.is_empty());
         let theta = raw.and_then(|raw| raw.rope_theta).or(self.rope_theta).unwrap_or(10_000.0);
+        let is_usable = |value: f64| value > 0.0 && (value as f32) > 0.0 && (value as f32).is_finite();
+        if !is_usable(theta) {
+            return Err(Error::unsupported("rope_theta", theta, "expected a positive number"));
+        }
         let Some(raw) = raw else { return Ok(Rope { theta, scaling: RopeScaling::None }) };
         if let Some(factor) = raw.partial_rotary_factor.filter(|&factor| factor != 1.0) {
             return Err(Error::unsupported("text_config.rope_parameters.partial_rotary_factor", factor, ""));
         }
         let need = |name: &str, value: Option<f64>| {
-            value.filter(|value| *value > 0.0).ok_or_else(|| Error::InvalidConfig {
+            value.filter(|value| is_usable(*value)).ok_or_else(|| Error::InvalidConfig {
                 path: path.to_owned(),
                 reason: format!("rope scaling needs a positive `{name}`"),
             })
@@ -427,7 +459,9 @@ impl RawTextConfig {
                 high_freq_factor: need("high_freq_factor", raw.high_freq_factor)?,
                 original_max_position_embeddings: need(
                     "original_max_position_embeddings",
-                    raw.original_max_position_embeddings,
+                    self.original_max_position_embeddings
+                        .or(raw.original_max_position_embeddings)
+                        .or_else(|| Some(self.max_position_embeddings.unwrap_or(2048) as f64)),
                 )?,
             },
             other => {
@@ -442,13 +476,22 @@ impl RawTextConfig {
     }
 }
 
-fn refuse_zero(fields: &[(&str, usize)], path: &Path) -> Result<()> {
-    match fields.iter().find(|(_, value)| *value == 0) {
-        Some((name, _)) => {
-            Err(Error::InvalidConfig { path: path.to_owned(), reason: format!("`{name}` must not be 0") })
+fn refuse_out_of_range(fields: &[(&str, usize)], path: &Path) -> Result<()> {
+    match fields.iter().find(|(_, value)| !(1..=MAX_DIMENSION).contains(value)) {
+        Some((name, value)) => {
+            let reason = format!("`{name}`: expected 1 to {MAX_DIMENSION}, got {value}");
+            Err(Error::InvalidConfig { path: path.to_owned(), reason })
         }
         None => Ok(()),
     }
+}
+
+fn refuse_bad_epsilon(name: &str, value: f32, path: &Path) -> Result<()> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    let reason = format!("`{name}`: expected a number of at least 0, got {value}");
+    Err(Error::InvalidConfig { path: path.to_owned(), reason })
 }
 
 fn refuse_uneven(what: &str, size: usize, heads: usize, path: &Path) -> Result<()> {
@@ -484,6 +527,60 @@ mod tests {
         let expected = Rope { theta: 500_000.0, scaling: RopeScaling::Linear { factor: 4.0 } };
         assert_eq!(old.expect("valid").decoder.rope, expected);
         assert_eq!(new.expect("valid").decoder.rope, expected);
+    }
+
+    /// transformers' `convert_rope_params_to_dict` and `standardize_rope_params` (5.23).
+    #[test]
+    fn rope_settings_have_the_precedence_of_transformers() {
+        let text = |config: serde_json::Value| {
+            parse(serde_json::json!({"model_type": "llava", "text_config": config}))
+                .map(|config| config.decoder.rope.scaling)
+        };
+        let linear = |factor| serde_json::json!({"rope_type": "linear", "factor": factor});
+        let both = text(serde_json::json!({"rope_scaling": linear(2.0), "rope_parameters": linear(4.0)}));
+        assert_eq!(both.expect("valid"), RopeScaling::Linear { factor: 2.0 });
+        let empty = text(serde_json::json!({"rope_scaling": {}, "rope_parameters": linear(4.0)}));
+        assert_eq!(empty.expect("valid"), RopeScaling::Linear { factor: 4.0 });
+
+        let llama3 = |original: Option<u32>| {
+            let mut rope = serde_json::json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0});
+            if let Some(original) = original {
+                rope["original_max_position_embeddings"] = original.into();
+            }
+            rope
+        };
+        let original = |config: serde_json::Value| match text(config).expect("valid") {
+            RopeScaling::Llama3 { original_max_position_embeddings, .. } => original_max_position_embeddings,
+            other => panic!("{other:?}"),
+        };
+        let above = serde_json::json!({"rope_scaling": llama3(Some(64)), "original_max_position_embeddings": 32});
+        assert_eq!(original(above), 32.0);
+        assert_eq!(original(serde_json::json!({"rope_scaling": llama3(Some(64))})), 64.0);
+        let neither = serde_json::json!({"rope_scaling": llama3(None), "max_position_embeddings": 4096});
+        assert_eq!(original(neither), 4096.0);
+    }
+
+    #[test]
+    fn numbers_that_no_model_has_are_refused_by_the_name_of_their_field() {
+        let cases = [
+            (serde_json::json!({"head_dim": 1u64 << 40}), "text_config.head_dim"),
+            (serde_json::json!({"num_key_value_heads": 0}), "num_key_value_heads"),
+            (serde_json::json!({"hidden_size": "48"}), "text_config.hidden_size"),
+            (serde_json::json!({"rope_theta": -5.0}), "rope_theta"),
+            (serde_json::json!({"rms_norm_eps": 1e300}), "rms_norm_eps"),
+            (serde_json::json!({"rope_scaling": {"type": "linear", "factor": 1e-320}}), "factor"),
+        ];
+        for (config, name) in cases {
+            let error = parse(serde_json::json!({"model_type": "llava", "text_config": config})).expect_err(name);
+            assert!(error.to_string().contains(name), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_million_positions_make_no_larger_tables_than_captions_need() {
+        let config = serde_json::json!({"model_type": "llava", "text_config": {"max_position_embeddings": 1u64 << 60}});
+        assert_eq!(parse(config).expect("valid").decoder.num_positions(), MAX_POSITIONS);
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let table = checkpoint.tensor(PART, table_name, &[config.vocab_size, config.hidden_size])?;
         let embedding_table = graph.weight(table_name, table);
         let padded_head_dim = config.head_dim.next_multiple_of(HEAD_DIM_MULTIPLE);
-        let max_positions = config.max_position_embeddings;
+        let max_positions = config.num_positions();
         let (cos, sin) = cos_sin_tables(&config.rope, config.head_dim, padded_head_dim, max_positions);
         let rope_dims = [max_positions, padded_head_dim / 2];
         let cos_cache = graph.constant_f32("rotary.cos_cache", &rope_dims, &cos);
@@ -283,7 +283,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
     /// ```
     fn head(&mut self, normed: &Value) -> Result<()> {
         let DecoderConfig { hidden_size, vocab_size, .. } = *self.config;
-        let is_tied = !self.checkpoint.has(Part::LmHead) && self.config.tie_word_embeddings != Some(false);
+        let is_tied = !self.checkpoint.has(Part::LmHead) && self.config.tie_word_embeddings;
         let table = if is_tied {
             self.embedding_table.clone()
         } else {

@@ -98,8 +98,21 @@ pub enum Error {
         /// How many values.
         count: usize,
     },
+    /// A tensor stands in two shards.
+    #[error("tensor `{name}` is in `{first}` and in `{second}`")]
+    DuplicateTensor {
+        /// The tensor.
+        name: String,
+        /// One shard.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// The user ended the export; nothing was left behind.
+    #[error("export was interrupted; nothing was written")]
+    Cancelled,
     /// The output folder exists.
-    #[error("output folder `{path}` exists")]
+    #[error("cannot write a bundle to `{path}`")]
     OutputExists {
         /// The folder.
         path: PathBuf,

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -153,11 +154,20 @@ pub(crate) struct GraphBuilder<'a> {
     initializers: Vec<Initializer<'a>>,
     inputs: Vec<TensorSpec>,
     outputs: Vec<TensorSpec>,
+    /// Weights that are constants here: see [`Self::weight_values`].
+    num_changed_parameters: usize,
 }
 
 impl<'a> GraphBuilder<'a> {
     pub(crate) fn new(name: &'static str) -> Self {
-        Self { name, nodes: Vec::new(), initializers: Vec::new(), inputs: Vec::new(), outputs: Vec::new() }
+        Self {
+            name,
+            nodes: Vec::new(),
+            initializers: Vec::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            num_changed_parameters: 0,
+        }
     }
 
     pub(crate) fn input(&mut self, name: &str, data_type: DataType, shape: Vec<Dim>) -> Value {
@@ -190,6 +200,12 @@ impl<'a> GraphBuilder<'a> {
     pub(crate) fn constant_f32(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Value {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.push_initializer(name, DataType::F32, dims.to_vec(), InitializerData::Bytes(bytes))
+    }
+
+    /// Weights of the checkpoint that were changed on the way.
+    pub(crate) fn weight_values(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Value {
+        self.num_changed_parameters += values.len();
+        self.constant_f32(name, dims, values)
     }
 
     pub(crate) fn constant_i64(&mut self, name: &str, dims: &[usize], values: &[i64]) -> Value {
@@ -276,13 +292,13 @@ impl<'a> GraphBuilder<'a> {
     /// Writes `NAME.onnx` and, where there are weights, `NAME.onnx.data` into `folder`.
     ///
     /// # Errors
-    /// The disk's, or [`Error::NonFiniteWeight`].
-    pub(crate) fn write(self, folder: &Path) -> Result<WrittenGraph> {
+    /// The disk's, [`Error::NonFiniteWeight`], or [`Error::Cancelled`].
+    pub(crate) fn write(self, folder: &Path, cancel: &AtomicBool) -> Result<WrittenGraph> {
         let model_file = format!("{}.onnx", self.name);
         let data_file = format!("{model_file}.data");
-        let mut data = DataFile::create(&folder.join(&data_file))?;
+        let mut data = DataFile::create(&folder.join(&data_file), cancel)?;
         let mut initializers = Vec::with_capacity(self.initializers.len());
-        let mut num_parameters = 0;
+        let mut num_parameters = self.num_changed_parameters;
         for initializer in &self.initializers {
             num_parameters += initializer.num_parameters();
             initializers.push(data.append(initializer, &data_file)?);
@@ -360,17 +376,19 @@ fn value_info(spec: &TensorSpec) -> ValueInfoProto {
 }
 
 /// The `.onnx.data` file, hashed while it is written.
-struct DataFile {
+struct DataFile<'a> {
+    cancel: &'a AtomicBool,
     path: std::path::PathBuf,
     file: BufWriter<File>,
     hasher: Sha256,
     offset: u64,
 }
 
-impl DataFile {
-    fn create(path: &Path) -> Result<Self> {
+impl<'a> DataFile<'a> {
+    fn create(path: &Path, cancel: &'a AtomicBool) -> Result<Self> {
         let file = File::create(path).map_err(Error::io("create", path))?;
         Ok(Self {
+            cancel,
             path: path.to_owned(),
             file: BufWriter::with_capacity(1 << 20, file),
             hasher: Sha256::new(),
@@ -379,6 +397,9 @@ impl DataFile {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.cancel.load(Ordering::Relaxed) {
+            return Err(Error::Cancelled);
+        }
         self.file.write_all(bytes).map_err(Error::io("write", &self.path))?;
         self.hasher.update(bytes);
         self.offset += bytes.len() as u64;

@@ -20,6 +20,8 @@ mod tokenizer_files;
 mod vision_tower;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use sha2::{Digest, Sha256};
 
@@ -37,6 +39,9 @@ use crate::config::LlavaConfig;
 use crate::graph::write_hashed;
 use crate::tokenizer_files::TokenizerFiles;
 
+/// Name of the bundle within the staging folder.
+const BUNDLE: &str = "bundle";
+
 /// What to export and how.
 #[derive(Clone, Debug)]
 pub struct ExportOptions {
@@ -48,11 +53,19 @@ pub struct ExportOptions {
     pub tokenizer: Option<PathBuf>,
     /// Replace a bundle that stands at the output folder.
     pub overwrite: bool,
+    /// Raised from outside: stop, and leave nothing behind.
+    pub cancel: Arc<AtomicBool>,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { precision: Precision::Fp32, target: Target::Ort, tokenizer: None, overwrite: false }
+        Self {
+            precision: Precision::Fp32,
+            target: Target::Ort,
+            tokenizer: None,
+            overwrite: false,
+            cancel: Arc::default(),
+        }
     }
 }
 
@@ -71,17 +84,19 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     let vision_tower = vision_tower::build(&checkpoint, &config.vision)?;
     let projector = projector::build(&checkpoint, &config)?;
     let decoder = decoder::build(&checkpoint, &config.decoder)?;
-    checkpoint.refuse_unused()?;
+    checkpoint.refuse_unused(config.vision.num_layers()..config.vision.num_stored_layers)?;
 
     let staging = output.stage()?;
-    let mut files = vec![write_hashed(staging.path(), "tokenizer.json", &text.tokenizer)?];
+    let staged = staging.path().join(BUNDLE);
+    std::fs::create_dir(&staged).map_err(Error::io("create", &staged))?;
+    let mut files = vec![write_hashed(&staged, "tokenizer.json", &text.tokenizer)?];
     let mut write = |graph: graph::GraphBuilder<'_>| {
-        let written = graph.write(staging.path())?;
+        let written = graph.write(&staged, &options.cancel)?;
         files.extend(written.files);
         Ok(written.graph)
     };
     let graphs = Graphs { vision_tower: write(vision_tower)?, projector: write(projector)?, decoder: write(decoder)? };
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         format_version: manifest::FORMAT_VERSION,
         kind: BundleKind::Llava,
         producer: concat!("recaption ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -108,29 +123,28 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
             num_kv_heads: config.decoder.num_kv_heads,
             head_dim: config.decoder.head_dim,
             vocab_size: config.decoder.vocab_size,
-            max_position_embeddings: config.decoder.max_position_embeddings,
+            max_position_embeddings: config.decoder.num_positions(),
         },
         preprocessing,
         pixel_values: PixelValues { dtype: DataType::F32, layout: PixelLayout::Nchw },
         prompt: text.prompt,
         stop_token_ids: text.stop_token_ids,
         graphs,
-        fingerprint: fingerprint(&files),
         files,
+        fingerprint: String::new(),
     };
+    manifest.fingerprint = fingerprint(&manifest);
     let json = serde_json::to_vec_pretty(&manifest).expect("bug: the manifest serialises");
-    write_hashed(staging.path(), manifest::FILE_NAME, &json)?;
+    write_hashed(&staged, manifest::FILE_NAME, &json)?;
     output.commit(staging)?;
     Ok(manifest)
 }
 
-fn fingerprint(files: &[BundleFile]) -> String {
-    let mut hasher = Sha256::new();
-    for file in files {
-        hasher.update(&file.path);
-        hasher.update(&file.sha256);
-    }
-    hex(&hasher.finalize())
+/// Over everything that decides a caption: the files by their hashes, and the settings beside them; not the folder's name.
+fn fingerprint(manifest: &Manifest) -> String {
+    let mut identity = manifest.clone();
+    identity.source.name.clear();
+    hex(&Sha256::digest(serde_json::to_vec(&identity).expect("bug: the manifest serialises")))
 }
 
 fn folder_name(folder: &Path) -> String {
@@ -141,25 +155,36 @@ fn folder_name(folder: &Path) -> String {
 /// Where the bundle goes: written beside its final place, then renamed.
 struct OutputFolder {
     folder: PathBuf,
-    /// A bundle stands there that may be replaced.
+    /// A bundle or an empty folder stands there, which makes way.
     replaces: bool,
 }
 
 impl OutputFolder {
     fn check(folder: &Path, overwrite: bool) -> Result<Self> {
-        if !folder.exists() {
+        let refuse = |hint| Err(Error::OutputExists { path: folder.to_owned(), hint });
+        if folder.file_name().is_none() {
+            return refuse("it cannot be replaced; name a folder inside of it");
+        }
+        if folder.symlink_metadata().is_err() {
             return Ok(Self { folder: folder.to_owned(), replaces: false });
         }
-        if folder.is_dir() && std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none()) {
-            return Ok(Self { folder: folder.to_owned(), replaces: true });
-        }
-        let is_bundle = folder.join(manifest::FILE_NAME).is_file();
-        let hint = match (is_bundle, overwrite) {
-            (true, true) => return Ok(Self { folder: folder.to_owned(), replaces: true }),
-            (true, false) => "it holds a bundle; replace it with --overwrite",
-            (false, _) => "it holds other files; choose a folder that does not exist",
+        let Ok(entries) = std::fs::read_dir(folder) else {
+            return refuse("it is not a folder; choose a name that does not exist");
         };
-        Err(Error::OutputExists { path: folder.to_owned(), hint })
+        let names = entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()));
+        let names = names.collect::<std::io::Result<Vec<_>>>().map_err(Error::io("read", folder))?;
+        if is_mount_point(folder) {
+            return refuse("it is a mount point, which cannot be replaced; name a folder inside of it");
+        }
+        // Only what export has written is ever deleted: the manifest and the files that it names.
+        let is_bundle = Manifest::read(folder).is_ok_and(|manifest| {
+            names.iter().all(|name| name == manifest::FILE_NAME || manifest.files.iter().any(|file| file.path == *name))
+        });
+        match (names.is_empty(), is_bundle, overwrite) {
+            (true, ..) | (_, true, true) => Ok(Self { folder: folder.to_owned(), replaces: true }),
+            (_, true, false) => refuse("it holds a bundle; replace it with --overwrite"),
+            (_, false, _) => refuse("it holds other files; choose a folder that does not exist"),
+        }
     }
 
     fn parent(&self) -> &Path {
@@ -176,17 +201,35 @@ impl OutputFolder {
             .map_err(Error::io("create a folder in", parent))
     }
 
+    /// Puts the staged bundle into its place. The old one is moved aside first and deleted last, so that at every moment
+    /// one of the two is whole.
     fn commit(self, staging: tempfile::TempDir) -> Result<()> {
-        let staged = staging.path().to_owned();
-        make_readable(&staged)?;
+        let bundle = staging.path().join(BUNDLE);
+        make_readable(&bundle)?;
+        let old = staging.path().join("old");
         if self.replaces {
-            std::fs::remove_dir_all(&self.folder).map_err(Error::io("remove", &self.folder))?;
+            std::fs::rename(&self.folder, &old).map_err(Error::io("move aside", &self.folder))?;
         }
-        std::fs::rename(&staged, &self.folder).map_err(Error::io("rename to", &self.folder))?;
-        // Renamed away: nothing is left to clean up.
-        let _ = staging.keep();
-        Ok(())
+        if let Err(error) = std::fs::rename(&bundle, &self.folder) {
+            if self.replaces {
+                std::fs::rename(&old, &self.folder).map_err(Error::io("move back", &self.folder))?;
+            }
+            return Err(Error::io("rename to", &self.folder)(error));
+        }
+        staging.close().map_err(Error::io("delete what was replaced at", &self.folder))
     }
+}
+
+/// Whether another file system is mounted at `folder`.
+fn is_mount_point(folder: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let device = |path: &Path| path.metadata().map(|metadata| metadata.dev()).ok();
+        device(folder) != device(&folder.join(".."))
+    }
+    #[cfg(not(unix))]
+    false
 }
 
 /// Temporary folders are private to the user; a bundle is an ordinary folder.

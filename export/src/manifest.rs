@@ -45,7 +45,7 @@ pub struct Manifest {
     pub graphs: Graphs,
     /// Every file of the bundle but this one.
     pub files: Vec<BundleFile>,
-    /// SHA-256 over the hashes of all files: the bundle's identity in `run.json`.
+    /// SHA-256 over all of this but the checkpoint's name: the bundle's identity in `run.json`.
     pub fingerprint: String,
 }
 
@@ -80,7 +80,8 @@ pub struct Source {
     pub name: String,
     /// Layout of the checkpoint.
     pub layout: String,
-    /// SHA-256 over its configuration and its shards' headers.
+    /// SHA-256 over its configuration and its shards' headers, which do not tell two sets of weights of one shape apart: the
+    /// files' hashes do.
     pub fingerprint: String,
 }
 

@@ -194,24 +194,24 @@ impl Preprocessing {
     }
 }
 
-/// The preprocessing of a checkpoint: its `preprocessor_config.json`, else its `processor_config.json`, else what
-/// `image_aspect_ratio` in config.json says, as the first LLaVA code does.
+/// The preprocessing of a checkpoint, in transformers' order: the image processor inside of `processor_config.json`, else
+/// `preprocessor_config.json`, else what `image_aspect_ratio` in config.json says, as the first LLaVA code does.
 ///
 /// # Errors
 /// What [`Preprocessing::from_hf`] refuses, and a size other than the vision tower's.
 pub(crate) fn read(checkpoint: &Checkpoint, image_size: usize) -> Result<Preprocessing> {
     let image_size = u32::try_from(image_size).unwrap_or(u32::MAX);
-    let file = ["preprocessor_config.json", "processor_config.json"]
-        .into_iter()
-        .find(|name| checkpoint.folder.join(name).is_file());
-    let settings = match file {
-        Some(name) => checkpoint.json(name)?.unwrap_or_default(),
-        None => {
+    let nested = checkpoint.json("processor_config.json")?.filter(|json| json.get("image_processor").is_some());
+    let (file, settings) = match (nested, checkpoint.json("preprocessor_config.json")?) {
+        (Some(settings), _) => ("processor_config.json", settings),
+        (None, Some(settings)) => ("preprocessor_config.json", settings),
+        (None, None) => {
             let is_padded = checkpoint.config.get("image_aspect_ratio").and_then(Value::as_str) == Some("pad");
-            serde_json::json!({"image_processor_type": "LlavaImageProcessor", "do_pad": is_padded})
+            let settings = serde_json::json!({"image_processor_type": "LlavaImageProcessor", "do_pad": is_padded});
+            ("config.json", settings)
         }
     };
-    let path = checkpoint.folder.join(file.unwrap_or("config.json"));
+    let path = checkpoint.folder.join(file);
     let invalid = |reason: String| crate::Error::InvalidConfig { path: path.clone(), reason };
     let preprocessing = Preprocessing::from_hf(&settings, image_size).map_err(|reason| invalid(reason.to_string()))?;
     if (preprocessing.height, preprocessing.width) != (image_size, image_size) {

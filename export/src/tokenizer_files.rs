@@ -39,9 +39,13 @@ impl TokenizerFiles {
         let bytes = std::fs::read(&tokenizer_path).map_err(Error::io("read", &tokenizer_path))?;
         let json: Value = serde_json::from_slice(&bytes)
             .map_err(|reason| Error::InvalidConfig { path: tokenizer_path.clone(), reason: reason.to_string() })?;
+        if json.get("model").and_then(|model| model.get("vocab")).is_none() {
+            let reason = "it has no `model.vocab`: not a tokenizer.json of the tokenizers library".to_owned();
+            return Err(Error::InvalidConfig { path: tokenizer_path, reason });
+        }
         let added = AddedTokens::new(&json);
 
-        let settings = match tokenizer.and_then(settings_beside) {
+        let settings = match tokenizer.and_then(|tokenizer| beside(tokenizer, "tokenizer_config.json")) {
             Some(path) => {
                 let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
                 serde_json::from_slice(&bytes)
@@ -53,7 +57,7 @@ impl TokenizerFiles {
             .or_else(|| config.bos_token_id.and_then(|id| added.text_of(id)))
             .or_else(|| added.id_of("<|begin_of_text|>").map(|_| "<|begin_of_text|>".to_owned()));
         let prompt = PromptSettings {
-            chat_template: chat_template(checkpoint, &settings)?,
+            chat_template: chat_template(checkpoint, &settings, tokenizer)?,
             image_token: added.text_of(config.image_token_id).unwrap_or_else(|| "<image>".to_owned()),
             bos_token,
             eos_token: token_text(settings.get("eos_token")),
@@ -62,46 +66,52 @@ impl TokenizerFiles {
     }
 }
 
-/// `tokenizer_config.json` beside a tokenizer given by hand.
-fn settings_beside(tokenizer: &Path) -> Option<PathBuf> {
+/// The file `name` beside a tokenizer given by hand.
+fn beside(tokenizer: &Path, name: &str) -> Option<PathBuf> {
     let folder = if tokenizer.is_dir() { tokenizer } else { tokenizer.parent()? };
-    Some(folder.join("tokenizer_config.json")).filter(|path| path.is_file())
+    Some(folder.join(name)).filter(|path| path.is_file())
 }
 
 /// generation_config.json first, as transformers does, else config.json; `<|eot_id|>` always.
 fn stop_token_ids(checkpoint: &Checkpoint, config: &LlavaConfig, added: &AddedTokens<'_>) -> Result<Vec<u32>> {
-    let generation = checkpoint.json("generation_config.json")?;
-    let from_generation = generation
-        .as_ref()
-        .and_then(|json| json.get("eos_token_id"))
-        .and_then(|ids| serde_json::from_value::<TokenIds>(ids.clone()).ok())
-        .map(TokenIds::into_vec);
-    let mut ids = from_generation.unwrap_or_else(|| config.eos_token_ids.clone());
+    let generation = checkpoint.json("generation_config.json")?.unwrap_or_default();
+    let mut ids = match generation.get("eos_token_id").filter(|ids| !ids.is_null()) {
+        Some(ids) => serde_json::from_value::<TokenIds>(ids.clone())
+            .map_err(|_| Error::InvalidConfig {
+                path: checkpoint.folder.join("generation_config.json"),
+                reason: format!("`eos_token_id`: expected a token id or a list of them, got {ids}"),
+            })?
+            .into_vec(),
+        None => config.eos_token_ids.clone(),
+    };
     ids.extend(added.id_of(END_OF_TURN));
     ids.sort_unstable();
     ids.dedup();
     Ok(ids)
 }
 
-/// The chat template: `chat_template.jinja`, else `chat_template.json`, else in `tokenizer_config.json`, where it is a
-/// text or a list of named ones.
-fn chat_template(checkpoint: &Checkpoint, settings: &Value) -> Result<Option<String>> {
-    let path = checkpoint.folder.join("chat_template.jinja");
-    if path.is_file() {
+/// The chat template, in transformers' order: `processor_config.json`, `chat_template.json`, `chat_template.jinja` (also
+/// beside a tokenizer given by hand), `tokenizer_config.json`, where it is a text or a list of named ones.
+fn chat_template(checkpoint: &Checkpoint, settings: &Value, tokenizer: Option<&Path>) -> Result<Option<String>> {
+    let text = |json: &Value| json.get("chat_template").and_then(Value::as_str).map(str::to_owned);
+    for name in ["processor_config.json", "chat_template.json"] {
+        if let Some(template) = checkpoint.json(name)?.as_ref().and_then(text) {
+            return Ok(Some(template));
+        }
+    }
+    let beside = tokenizer.and_then(|tokenizer| beside(tokenizer, "chat_template.jinja"));
+    let own = Some(checkpoint.folder.join("chat_template.jinja")).filter(|path| path.is_file());
+    if let Some(path) = own.or(beside) {
         return std::fs::read_to_string(&path).map(Some).map_err(Error::io("read", &path));
     }
-    if let Some(json) = checkpoint.json("chat_template.json")? {
-        return Ok(json.get("chat_template").and_then(Value::as_str).map(str::to_owned));
-    }
     Ok(match settings.get("chat_template") {
-        Some(Value::String(template)) => Some(template.clone()),
         Some(Value::Array(named)) => named
             .iter()
             .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
             .and_then(|entry| entry.get("template"))
             .and_then(Value::as_str)
             .map(str::to_owned),
-        _ => None,
+        _ => text(settings),
     })
 }
 

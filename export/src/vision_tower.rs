@@ -71,7 +71,7 @@ impl Tower<'_, '_> {
         let name = "embeddings.position_embedding.weight";
         let mut positions = self.checkpoint.tensor(PART, name, &[num_tokens, hidden_size])?.read_f32()?;
         positions.iter_mut().zip(class).for_each(|(position, class)| *position += class);
-        let positions = graph.constant_f32("embeddings.class_and_position", &[num_tokens, hidden_size], &positions);
+        let positions = graph.weight_values("embeddings.class_and_position", &[num_tokens, hidden_size], &positions);
         let embedded = graph.node("Add", "/embeddings/Add", &[&padded, &positions], vec![]);
         let rows = graph.shape(&[-1, hidden_size as i64]);
         let embedded = graph.node("Reshape", "/embeddings/Reshape_1", &[&embedded, &rows], vec![]);

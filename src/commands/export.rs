@@ -18,9 +18,19 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         },
         tokenizer: args.tokenizer.clone(),
         overwrite: args.overwrite,
+        cancel: super::interrupt_flag(),
     };
     let started = Instant::now();
-    let manifest = recaption_export::export(&args.checkpoint, &args.out, &options).map_err(Error::from)?;
+    let manifest = match recaption_export::export(&args.checkpoint, &args.out, &options) {
+        Err(error @ recaption_export::Error::Cancelled) => {
+            eprintln!("{error}");
+            return Ok(Outcome::Interrupted);
+        }
+        exported => exported.map_err(Error::from)?,
+    };
+    if manifest.stop_token_ids.is_empty() {
+        eprintln!("warning: the checkpoint names no stop token: every caption will have --max-new-tokens tokens");
+    }
     eprintln!(
         "exported `{}` to `{}` in {:.1} s\n{}",
         args.checkpoint.display(),

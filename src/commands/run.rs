@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use serde_json::{Value, json};
 
@@ -74,8 +72,6 @@ fn prepare(args: RunArgs) -> Result<RunOptions> {
         let settings = settings(&args, &bundle, &prompt, *format)?;
         prepare_output(folder, &settings, args.overwrite)?;
     }
-    let interrupt = Arc::new(AtomicBool::new(false));
-    listen_for_signals(&interrupt);
     Ok(RunOptions {
         bundle,
         inputs,
@@ -88,21 +84,8 @@ fn prepare(args: RunArgs) -> Result<RunOptions> {
         limit: args.limit,
         with_token_ids: args.with_token_ids,
         quiet: args.quiet,
-        interrupt,
+        interrupt: super::interrupt_flag(),
     })
-}
-
-/// The first signal finishes what is in flight, the second ends the process.
-fn listen_for_signals(interrupt: &Arc<AtomicBool>) {
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // Without them the process just dies, as it would by default.
-        let _ = signal_hook::flag::register_conditional_shutdown(
-            signal,
-            Outcome::Interrupted as i32,
-            Arc::clone(interrupt),
-        );
-        let _ = signal_hook::flag::register(signal, Arc::clone(interrupt));
-    }
 }
 
 fn check_prompt(bundle: &Bundle, prompt: &Prompt, stop_rule: &StopRule) -> Result<()> {

@@ -6,16 +6,17 @@
 //! what reaches the output is resampled, in buffers that are kept.
 
 mod axis;
+mod resample;
 
 use crossbeam::channel::{Receiver, Sender};
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeError, ResizeOptions, Resizer};
-use recaption_export::{Filter, Geometry, Preprocessing};
+use fast_image_resize::{ResizeError, ResizeOptions, Resizer};
+use recaption_export::{Geometry, Preprocessing};
 use thiserror::Error;
 
 use crate::pipeline::load::{LoadedImage, RgbImage};
 use crate::pipeline::pool::{BufferPool, PooledBuffer};
 use crate::pipeline::preprocess::axis::AxisPlan;
+use crate::pipeline::preprocess::resample::{Passes, Pixels, Region, algorithm};
 use crate::pipeline::row::{Message, RowDraft};
 use crate::stage::Stage;
 
@@ -199,137 +200,9 @@ impl Preprocessor {
     }
 }
 
-/// Samples of a picture: `[height, width, 3]`.
-#[derive(Clone, Copy)]
-struct Pixels<'a> {
-    samples: &'a [u8],
-    width: u32,
-    height: u32,
-}
-
-/// A part of a picture, in pixels.
-#[derive(Clone, Copy)]
-struct Region {
-    x: u32,
-    y: u32,
-    width: u32,
-    height: u32,
-}
-
-/// What both passes share.
-struct Passes<'a> {
-    resizer: &'a mut Resizer,
-    canvas: &'a mut Vec<u8>,
-    options: ResizeOptions,
-    surroundings: [u8; 3],
-}
-
-impl Passes<'_> {
-    /// The columns of `part` become the touched output columns; its rows stay.
-    fn horizontal<'t>(
-        &mut self,
-        source: Pixels<'_>,
-        part: Region,
-        axis: &AxisPlan,
-        target: &'t mut Vec<u8>,
-    ) -> Result<Pixels<'t>, ResizeError> {
-        let (start, length) = axis.needed_box();
-        let size = (axis.num_touched(), part.height);
-        if axis.is_padded() {
-            let canvas = (axis.needed_canvas(), part.height);
-            let source = lay_on_canvas(
-                self.canvas,
-                self.surroundings,
-                source,
-                part,
-                canvas,
-                (axis.source_in_needed_canvas(), 0),
-            );
-            let crop = self.options.crop(start, 0.0, length, f64::from(part.height));
-            return resize_into(self.resizer, source, target, size, &crop);
-        }
-        let crop = self.options.crop(f64::from(part.x) + start, f64::from(part.y), length, f64::from(part.height));
-        resize_into(self.resizer, source, target, size, &crop)
-    }
-
-    /// The rows of `part` become the touched output rows; its columns stay.
-    fn vertical<'t>(
-        &mut self,
-        source: Pixels<'_>,
-        part: Region,
-        axis: &AxisPlan,
-        target: &'t mut Vec<u8>,
-    ) -> Result<Pixels<'t>, ResizeError> {
-        let (start, length) = axis.needed_box();
-        let size = (part.width, axis.num_touched());
-        if axis.is_padded() {
-            let canvas = (part.width, axis.needed_canvas());
-            let source = lay_on_canvas(
-                self.canvas,
-                self.surroundings,
-                source,
-                part,
-                canvas,
-                (0, axis.source_in_needed_canvas()),
-            );
-            let crop = self.options.crop(0.0, start, f64::from(part.width), length);
-            return resize_into(self.resizer, source, target, size, &crop);
-        }
-        let crop = self.options.crop(f64::from(part.x), f64::from(part.y) + start, f64::from(part.width), length);
-        resize_into(self.resizer, source, target, size, &crop)
-    }
-}
-
-/// Copies `part` of `source` to `(x, y)` of a canvas of `surroundings`.
-fn lay_on_canvas<'c>(
-    canvas: &'c mut Vec<u8>,
-    surroundings: [u8; 3],
-    source: Pixels<'_>,
-    part: Region,
-    (width, height): (u32, u32),
-    (x, y): (u32, u32),
-) -> Pixels<'c> {
-    canvas.resize(3 * width as usize * height as usize, 0);
-    canvas.as_chunks_mut::<3>().0.fill(surroundings);
-    let rows = source.samples.chunks_exact(3 * source.width as usize).skip(part.y as usize);
-    let targets = canvas.chunks_exact_mut(3 * width as usize).skip(y as usize);
-    for (row, target) in rows.zip(targets).take(part.height as usize) {
-        let (from, to, length) = (3 * part.x as usize, 3 * x as usize, 3 * part.width as usize);
-        target[to..to + length].copy_from_slice(&row[from..from + length]);
-    }
-    Pixels { samples: canvas, width, height }
-}
-
-/// Resizes the options' crop box of `source` into `target`.
-fn resize_into<'t>(
-    resizer: &mut Resizer,
-    source: Pixels<'_>,
-    target: &'t mut Vec<u8>,
-    (width, height): (u32, u32),
-    options: &ResizeOptions,
-) -> Result<Pixels<'t>, ResizeError> {
-    let source = ImageRef::new(source.width, source.height, source.samples, PixelType::U8x3).expect("bug: lengths fit");
-    target.resize(3 * width as usize * height as usize, 0);
-    let mut image = Image::from_slice_u8(width, height, target, PixelType::U8x3).expect("bug: resized to fit");
-    resizer.resize(&source, &mut image, options)?;
-    Ok(Pixels { samples: target, width, height })
-}
-
-/// Pillow's filters under this library's names; its bicubic is Catmull-Rom (a = -0.5).
-fn algorithm(filter: Filter) -> ResizeAlg {
-    match filter {
-        Filter::Nearest => ResizeAlg::Nearest,
-        Filter::Box => ResizeAlg::Convolution(FilterType::Box),
-        Filter::Bilinear => ResizeAlg::Convolution(FilterType::Bilinear),
-        Filter::Hamming => ResizeAlg::Convolution(FilterType::Hamming),
-        Filter::Bicubic => ResizeAlg::Convolution(FilterType::CatmullRom),
-        Filter::Lanczos => ResizeAlg::Convolution(FilterType::Lanczos3),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use recaption_export::Resize;
+    use recaption_export::{Filter, Resize};
 
     use super::*;
 

@@ -63,7 +63,6 @@ pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Resul
         num_shards: 0,
         shard: None,
         num_rows: 0,
-        skipping: 0,
     };
     let mut loose = FileShards::new(IMAGES.to_owned());
     for input in options.inputs {
@@ -71,13 +70,13 @@ pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Resul
             break;
         }
         match input {
-            Input::Image(path) => loose.push(&mut emitter, &path, path.display().to_string()),
+            Input::Image(path) => loose.push(&mut emitter, &path, path.display().to_string())?,
             Input::StandardInput => {
-                for line in std::io::stdin().lock().lines() {
+                for line in std::io::stdin().lock().split(b'\n') {
                     let line = line.map_err(Error::io("read", Path::new("standard input")))?;
-                    let line = line.trim_end_matches('\r');
+                    let line = line.strip_suffix(b"\r").unwrap_or(&line);
                     if !line.is_empty() {
-                        loose.push(&mut emitter, Path::new(line), line.to_owned());
+                        loose.push(&mut emitter, &path_of(line), String::from_utf8_lossy(line).into_owned())?;
                     }
                     if emitter.is_done() {
                         break;
@@ -85,17 +84,27 @@ pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Resul
                 }
             }
             Input::Folder(path) => {
-                loose.end(&mut emitter);
+                loose.end(&mut emitter)?;
                 folder::run(&path, &mut emitter)?;
             }
             Input::Tar(path) => {
-                loose.end(&mut emitter);
+                loose.end(&mut emitter)?;
                 tar::run(&path, &mut emitter)?;
             }
         }
     }
-    loose.end(&mut emitter);
-    Ok(())
+    loose.end(&mut emitter)
+}
+
+/// A path as standard input has it: any bytes on Unix, UTF-8 elsewhere.
+fn path_of(line: &[u8]) -> PathBuf {
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::OsStrExt;
+        PathBuf::from(std::ffi::OsStr::from_bytes(line))
+    }
+    #[cfg(not(unix))]
+    PathBuf::from(String::from_utf8_lossy(line).into_owned())
 }
 
 /// Number of images in `inputs`, where that can be told without reading them: for progress and its ETA only.
@@ -123,8 +132,6 @@ struct Emitter<'a> {
     shard: Option<Arc<Shard>>,
     /// Rows of the shard so far.
     num_rows: usize,
-    /// Rows to pass over, because their shard is written already.
-    skipping: usize,
 }
 
 impl Emitter<'_> {
@@ -143,17 +150,15 @@ impl Emitter<'_> {
         *uses += 1;
         let name = if *uses == 1 { name.to_owned() } else { format!("{name}-{uses}") };
         let num_rows = self.finished.get(&name).copied();
-        self.shard = Some(Arc::new(Shard { index: self.num_shards, name }));
+        self.shard = num_rows.is_none().then(|| Arc::new(Shard { index: self.num_shards, name }));
         self.num_shards += 1;
         self.num_rows = 0;
-        self.skipping = num_rows.unwrap_or(0);
         num_rows
     }
 
-    /// Passes over a shard that is written already.
+    /// Passes over rows of a shard that is written already.
     fn skip(&mut self, num_rows: usize) {
         self.remaining = self.remaining.saturating_sub(num_rows);
-        self.shard = None;
     }
 
     /// Sends one image, or the failed row of an image whose bytes could not be had.
@@ -195,38 +200,56 @@ impl Emitter<'_> {
 struct FileShards {
     name: String,
     num_shards: usize,
+    /// Files of the present shard so far.
     num_files: usize,
-    /// Files of the present shard that are written already.
-    written: usize,
+    /// Rows of the present shard if it is written already.
+    written: Option<usize>,
 }
 
 impl FileShards {
     fn new(name: String) -> Self {
-        Self { name, num_shards: 0, num_files: 0, written: 0 }
+        Self { name, num_shards: 0, num_files: 0, written: None }
     }
 
-    fn push(&mut self, emitter: &mut Emitter<'_>, path: &Path, key: String) {
+    fn push(&mut self, emitter: &mut Emitter<'_>, path: &Path, key: String) -> Result<()> {
         if self.num_files == 0 {
-            self.written = emitter.begin(&format!("{}-{:05}", self.name, self.num_shards)).unwrap_or(0);
+            self.written = emitter.begin(&format!("{}-{:05}", self.name, self.num_shards));
             self.num_shards += 1;
         }
         self.num_files += 1;
-        if self.written == 0 {
+        if self.written.is_some() {
+            emitter.skip(1);
+        } else {
             let bytes = emitter.read_file(path);
             let input = InputColumns { key, source: path.display().to_string(), ..InputColumns::default() };
             emitter.push(input, bytes);
         }
-        if self.num_files == FILES_PER_SHARD {
-            self.end(emitter);
-        }
+        if self.num_files == FILES_PER_SHARD { self.end(emitter) } else { Ok(()) }
     }
 
-    fn end(&mut self, emitter: &mut Emitter<'_>) {
-        match self.written {
-            0 => emitter.end(),
-            written => emitter.skip(written),
+    /// # Errors
+    /// [`Error::Input`] when a shard that is written has another number of files now: some would be passed over.
+    fn end(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
+        let num_files = std::mem::take(&mut self.num_files);
+        if num_files == 0 {
+            return Ok(());
         }
-        (self.num_files, self.written) = (0, 0);
+        match self.written.take() {
+            Some(written) if written != num_files && !emitter.is_stopped() => Err(Error::Input {
+                input: self.name.clone(),
+                reason: format!(
+                    "the output has {written} rows of shard `{}-{:05}`, which is {num_files} images now",
+                    self.name,
+                    self.num_shards - 1
+                ),
+                hint: "images were added or removed since; choose another --out, or start anew with --overwrite",
+            }),
+            Some(_) => Ok(()),
+            None => {
+                emitter.end();
+                Ok(())
+            }
+        }
     }
 }
 

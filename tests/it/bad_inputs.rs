@@ -3,7 +3,9 @@
 use recaption::export::{ExportOptions, export};
 use serde_json::Value;
 
-use crate::support::{bundle, demo_bundle, parquet_rows, printed_rows, read_json, recaption, root, stderr};
+use crate::support::{
+    bundle, copy_folder, demo_bundle, parquet_rows, printed_rows, read_json, recaption, root, stderr,
+};
 
 #[test]
 fn every_bad_image_is_a_failed_row_and_every_good_one_is_captioned() {
@@ -61,11 +63,7 @@ fn logits_that_are_not_finite_fail_the_row() {
     let source = root("tests/data/checkpoints/minimal-config-f32");
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = folder.path().join("checkpoint");
-    std::fs::create_dir(&checkpoint).unwrap();
-    for entry in std::fs::read_dir(&source).unwrap() {
-        let path = entry.unwrap().path();
-        std::fs::copy(&path, checkpoint.join(path.file_name().unwrap())).unwrap();
-    }
+    copy_folder(&source, &checkpoint);
     let weights = checkpoint.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
     let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
@@ -103,11 +101,7 @@ fn what_the_exporter_cannot_build_is_refused_before_anything_is_written() {
     for (path, value, expected) in cases {
         let folder = tempfile::tempdir().unwrap();
         let checkpoint = folder.path().join("checkpoint");
-        std::fs::create_dir(&checkpoint).unwrap();
-        for entry in std::fs::read_dir(&source).unwrap() {
-            let path = entry.unwrap().path();
-            std::fs::copy(&path, checkpoint.join(path.file_name().unwrap())).unwrap();
-        }
+        copy_folder(&source, &checkpoint);
         let mut config = config.clone();
         *path.iter().fold(&mut config, |node, name| &mut node[*name]) = value;
         std::fs::write(checkpoint.join("config.json"), config.to_string()).unwrap();
@@ -127,11 +121,7 @@ fn a_damaged_checkpoint_is_refused_by_the_name_of_the_tensor_or_file() {
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| {
         let checkpoint = folder.path().join(name);
-        std::fs::create_dir(&checkpoint).unwrap();
-        for entry in std::fs::read_dir(&source).unwrap() {
-            let path = entry.unwrap().path();
-            std::fs::copy(&path, checkpoint.join(path.file_name().unwrap())).unwrap();
-        }
+        copy_folder(&source, &checkpoint);
         checkpoint
     };
     let refusal = |checkpoint: &std::path::Path| {
@@ -170,14 +160,27 @@ fn a_damaged_checkpoint_is_refused_by_the_name_of_the_tensor_or_file() {
 }
 
 #[test]
+fn tensors_of_another_architecture_are_refused_even_inside_a_computed_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = folder.path().join("checkpoint");
+    copy_folder(&root("tests/data/checkpoints/saved-v5-bf16"), &checkpoint);
+    let weights = checkpoint.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut all: Vec<(String, safetensors::tensor::TensorView<'_>)> = tensors.tensors();
+    let (name, view) = all.iter().find(|(name, _)| name.contains("layers.0.self_attn.q_proj.weight")).unwrap();
+    let extra = (name.replace("q_proj.weight", "q_proj.lora_A.weight"), view.clone());
+    all.push(extra);
+    std::fs::write(&weights, safetensors::serialize(all, None).unwrap()).unwrap();
+    let error = export(&checkpoint, &folder.path().join("bundle"), &ExportOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("lora_A"), "{error}");
+}
+
+#[test]
 fn a_bundle_with_a_file_cut_off_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("bundle");
-    std::fs::create_dir(&copy).unwrap();
-    for entry in std::fs::read_dir(bundle("tests/data/checkpoints/published-f16")).unwrap() {
-        let path = entry.unwrap().path();
-        std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
-    }
+    copy_folder(&bundle("tests/data/checkpoints/published-f16"), &copy);
     let data = copy.join("decoder.onnx.data");
     let length = std::fs::metadata(&data).unwrap().len();
     std::fs::OpenOptions::new().write(true).open(&data).unwrap().set_len(length - 1).unwrap();

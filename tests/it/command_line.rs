@@ -3,7 +3,9 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use crate::support::{demo_bundle, demo_shard, parquet_rows, printed_rows, read_json, recaption, root, stderr};
+use crate::support::{
+    copy_folder, demo_bundle, demo_shard, parquet_rows, printed_rows, read_json, recaption, root, stderr,
+};
 
 #[test]
 fn help_teaches() {
@@ -80,6 +82,54 @@ fn the_same_command_again_does_nothing_twice() {
 }
 
 #[test]
+fn images_that_join_a_finished_shard_are_not_passed_over_silently() {
+    let (bundle, folder) = (demo_bundle(), tempfile::tempdir().unwrap());
+    let (images, out) = (folder.path().join("images"), folder.path().join("out"));
+    copy_folder(&root("tests/data/images/42"), &images);
+    let run = || {
+        let fixed = ["run", images.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--quiet"];
+        recaption(&[&fixed[..], &["--max-new-tokens", "3", "--out", out.to_str().unwrap(), "--limit", "4"]].concat())
+    };
+    assert_eq!(run().status.code(), Some(0));
+    assert_eq!(run().status.code(), Some(0));
+    std::fs::copy(images.join("a.png"), images.join("d.png")).unwrap();
+    let changed = run();
+    assert_eq!(changed.status.code(), Some(2));
+    assert!(
+        stderr(&changed).contains("has 3 rows of shard `images-00000`, which is 4 images now"),
+        "{}",
+        stderr(&changed)
+    );
+    // Beyond the limit nothing was promised.
+    let anew = ["--overwrite"];
+    let fixed = ["run", images.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--quiet", "--limit", "4"];
+    let output = recaption(&[&fixed[..], &["--max-new-tokens", "3", "--out", out.to_str().unwrap()], &anew].concat());
+    assert_eq!(output.status.code(), Some(0));
+    std::fs::copy(images.join("a.png"), images.join("e.png")).unwrap();
+    assert_eq!(run().status.code(), Some(0));
+    assert_eq!(parquet_rows(&out).len(), 4);
+}
+
+#[test]
+fn a_bundle_with_other_preprocessing_is_another_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = root("tests/data/checkpoints/published-f16");
+    let fingerprint = |name: &str, edit: &dyn Fn(&mut serde_json::Value)| {
+        let checkpoint = folder.path().join(name);
+        copy_folder(&source, &checkpoint);
+        let path = checkpoint.join("preprocessor_config.json");
+        let mut config = read_json(&path);
+        edit(&mut config);
+        std::fs::write(&path, config.to_string()).unwrap();
+        let out = folder.path().join(format!("{name}-bundle"));
+        recaption::export::export(&checkpoint, &out, &recaption::export::ExportOptions::default()).unwrap().fingerprint
+    };
+    let first = fingerprint("first", &|_| ());
+    assert_eq!(first, fingerprint("first-again", &|_| ()).clone());
+    assert_ne!(first, fingerprint("second", &|config| config["image_mean"] = serde_json::json!([0.1, 0.2, 0.3])));
+}
+
+#[test]
 fn json_lines_hold_the_same_rows_as_parquet() {
     let (bundle, shard) = (demo_bundle(), demo_shard());
     let run = |format: &str| {
@@ -136,4 +186,14 @@ fn an_existing_folder_is_replaced_only_if_it_is_a_bundle_and_only_when_asked() {
     std::fs::write(other.join("thesis.txt"), "ten years").unwrap();
     assert_eq!(export(other.to_str().unwrap(), &["--overwrite"]).status.code(), Some(2));
     assert!(other.join("thesis.txt").exists());
+
+    // A manifest.json of another kind, or files of the user's beside a bundle: neither is deleted.
+    std::fs::write(other.join("manifest.json"), r#"{"name": "a web extension"}"#).unwrap();
+    assert_eq!(export(other.to_str().unwrap(), &["--overwrite"]).status.code(), Some(2));
+    assert!(other.join("thesis.txt").exists());
+    std::fs::write(folder.path().join("bundle/notes.txt"), "mine").unwrap();
+    assert_eq!(export(bundle, &["--overwrite"]).status.code(), Some(2));
+    assert!(folder.path().join("bundle/notes.txt").exists());
+    let left = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(left, 2, "a staging folder was left behind");
 }

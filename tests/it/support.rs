@@ -91,6 +91,15 @@ pub(crate) fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what
     largest
 }
 
+/// Copies the files of a folder, for a test to damage.
+pub(crate) fn copy_folder(source: &Path, target: &Path) {
+    std::fs::create_dir(target).unwrap();
+    for entry in std::fs::read_dir(source).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, target.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
 /// Columns of all `captions-*.parquet` of a run, as JSON rows in order.
 pub(crate) fn parquet_rows(folder: &Path) -> Vec<Value> {
     use parquet::file::reader::{FileReader, SerializedFileReader};

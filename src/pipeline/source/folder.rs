@@ -14,13 +14,12 @@ pub(super) fn run(folder: &Path, emitter: &mut Emitter<'_>) -> Result<()> {
     let mut walk = Walk::new(folder)?;
     while let Some(path) = walk.next_image()? {
         let key = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().replace('\\', "/");
-        shards.push(emitter, &path, key);
+        shards.push(emitter, &path, key)?;
         if emitter.is_done() {
             break;
         }
     }
-    shards.end(emitter);
-    Ok(())
+    shards.end(emitter)
 }
 
 /// Images below `folder`; `None` when it cannot be read.
