@@ -404,10 +404,7 @@ impl RawTextConfig {
             attention_bias: self.attention_bias.unwrap_or(false),
             mlp_bias: self.mlp_bias.unwrap_or(false),
             rope,
-            tie_word_embeddings: match (self.tie_word_embeddings, top_level_tie) {
-                (Some(true), _) | (_, Some(true)) => true,
-                _ => false,
-            },
+            tie_word_embeddings: self.tie_word_embeddings == Some(true) || top_level_tie == Some(true),
         };
         let positive = [
             ("text_config.hidden_size", decoder.hidden_size),
