@@ -116,8 +116,9 @@ pub struct RunArgs {
     pub format: FormatArg,
     /// What runs the graphs
     ///
-    /// auto takes the best that works and says which. tensorrt runs the vision tower and the projector in TensorRT and the
-    /// decoder in CUDA. Example: --provider cuda
+    /// The first line of a run says what it took. cuda and tensorrt run the vision tower and the projector of an fp32 bundle
+    /// on the GPU and its decoder on the CPU, since ONNX Runtime's CUDA attention takes fp16 and bf16 only; auto keeps all
+    /// of it on the CPU. Example: --provider cuda
     #[arg(long, value_enum, default_value_t = ProviderArg::Auto)]
     pub provider: ProviderArg,
     /// GPU index, with --provider cuda or tensorrt; several make one engine each
@@ -238,7 +239,7 @@ pub enum ProviderArg {
     Cpu,
     /// CUDA
     Cuda,
-    /// TensorRT for vision, CUDA for the decoder
+    /// TensorRT for vision
     Tensorrt,
 }
 

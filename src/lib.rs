@@ -1,6 +1,6 @@
 //! Exports vision-language captioners to ONNX and re-captions web images by the billion.
 //!
-//! [`export`] turns a LLaVA checkpoint into a bundle of ONNX graphs; [`pipeline::run`] turns images into rows with captions. `pipeline/` reads in the order of the data: source, load, preprocess, vision,
+//! [`export`] turns a LLaVA checkpoint into a bundle of ONNX graphs; [`pipeline::load_model`] and [`pipeline::LoadedRun::run`] turn images into rows with captions. `pipeline/` reads in the order of the data: source, load, preprocess, vision,
 //! generate, write.
 
 pub mod cli;

@@ -1,6 +1,7 @@
 //! `recaption run`: what the user typed becomes validated options, then rows.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
 use crate::pipeline::load::LoadLimits;
+use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::{Format, Sink, write_atomically};
 use crate::pipeline::{RunOptions, Summary};
 use crate::runtime::{Device, ProviderChoice, load_library, provider};
@@ -25,28 +27,43 @@ const DEFAULT_SLOTS: usize = 16;
 const DEFAULT_VISION_BATCH: usize = 4;
 
 pub(super) fn execute(args: RunArgs) -> anyhow::Result<Outcome> {
-    let (is_quiet, is_json, out) = (args.quiet, args.json, args.out.clone());
-    let options = prepare(args)?;
-    let summary = crate::pipeline::run(options)?;
+    let (is_quiet, is_json, out, overwrite) = (args.quiet, args.json, args.out.clone(), args.overwrite);
+    let (options, settings) = prepare(args)?;
+    if let Some(folder) = &out {
+        check_output(folder, &settings, overwrite)?;
+    }
+    let run = crate::pipeline::load_model(options)?;
+    // Not before the model works: a failed start leaves the earlier captions as they are.
+    if let Some(folder) = &out {
+        prepare_output(folder, &settings, overwrite)?;
+    }
+    let summary = run.run()?;
+    let mut stderr = std::io::stderr();
+    for damage in &summary.damaged_inputs {
+        let _ = writeln!(stderr, "error: {damage}");
+    }
+    if !is_quiet {
+        let _ = writeln!(stderr, "{}", describe(&summary, out.as_deref()));
+    }
     if let Some(out) = &out {
         let path = out.join(SUMMARY_FILE);
         write_json(&path, &serde_json::to_value(&summary)?)?;
         if is_json {
-            println!("{}", serde_json::to_string_pretty(&summary)?);
+            writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&summary)?)
+                .map_err(Error::io("write", Path::new("standard output")))?;
         }
     }
-    if !is_quiet {
-        eprintln!("{}", describe(&summary, out.as_deref()));
-    }
-    Ok(match summary {
+    Ok(match &summary {
         Summary { is_interrupted: true, .. } => Outcome::Interrupted,
-        Summary { counts, .. } if counts.failed > 0 => Outcome::SomeFailed,
+        Summary { counts, damaged_inputs, .. } if counts.failed > 0 || !damaged_inputs.is_empty() => {
+            Outcome::SomeFailed
+        }
         _ => Outcome::Success,
     })
 }
 
 /// Checks everything that can be checked before the first image.
-fn prepare(args: RunArgs) -> Result<RunOptions> {
+fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
     if let Some((stage, count)) = args.inject_panic {
         crate::stage::inject_panic(stage, count);
     }
@@ -61,18 +78,15 @@ fn prepare(args: RunArgs) -> Result<RunOptions> {
         ignore_eos: args.ignore_eos,
     };
     check_prompt(&bundle, &prompt, &stop_rule)?;
-    let devices = choose_devices(args.provider.into(), &args, args.quiet)?;
+    let devices = choose_devices(args.provider.into(), &args, &bundle)?;
     let engines = engine_options(&args, &bundle, &prompt, &stop_rule, &devices)?;
     let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
     let sink = match &args.out {
         Some(folder) => Sink::Folder { folder: folder.clone(), format: args.format.into() },
         None => Sink::StandardOutput,
     };
-    if let Sink::Folder { folder, format } = &sink {
-        let settings = settings(&args, &bundle, &prompt, *format)?;
-        prepare_output(folder, &settings, args.overwrite)?;
-    }
-    Ok(RunOptions {
+    let settings = settings(&args, &bundle, &prompt, args.format.into())?;
+    let options = RunOptions {
         bundle,
         inputs,
         sink,
@@ -85,7 +99,8 @@ fn prepare(args: RunArgs) -> Result<RunOptions> {
         with_token_ids: args.with_token_ids,
         quiet: args.quiet,
         interrupt: super::interrupt_flag(),
-    })
+    };
+    Ok((options, settings))
 }
 
 fn check_prompt(bundle: &Bundle, prompt: &Prompt, stop_rule: &StopRule) -> Result<()> {
@@ -116,24 +131,38 @@ fn check_prompt(bundle: &Bundle, prompt: &Prompt, stop_rule: &StopRule) -> Resul
     Ok(())
 }
 
-/// What `auto` takes, or exactly what was asked for.
-fn choose_devices(choice: ProviderChoice, args: &RunArgs, is_quiet: bool) -> Result<Vec<Device>> {
+/// What `auto` takes, or exactly what was asked for; and says so.
+fn choose_devices(choice: ProviderChoice, args: &RunArgs, bundle: &Bundle) -> Result<Vec<Device>> {
     load_library()?;
     let on_gpus = |device: fn(i32) -> Device| args.device.iter().map(|&index| device(index)).collect();
-    Ok(match choice {
-        ProviderChoice::Cpu => vec![Device::Cpu; usize::from(args.engines)],
-        ProviderChoice::Cuda => on_gpus(Device::Cuda),
-        ProviderChoice::TensorRt => on_gpus(Device::TensorRt),
+    let on_cpu = || vec![Device::Cpu; usize::from(args.engines)];
+    let precision = bundle.manifest.precision;
+    let (devices, reason): (Vec<Device>, _) = match choice {
+        ProviderChoice::Cpu => (on_cpu(), None),
+        ProviderChoice::Cuda => (on_gpus(Device::Cuda), None),
+        ProviderChoice::TensorRt => (on_gpus(Device::TensorRt), None),
         ProviderChoice::Auto => match provider::probe_cuda() {
-            Ok(()) => on_gpus(Device::Cuda),
-            Err(reason) => {
-                if !is_quiet {
-                    eprintln!("provider: cpu ({reason})");
-                }
-                vec![Device::Cpu; usize::from(args.engines)]
-            }
+            Ok(()) if decoder_device(Device::Cuda(0), precision) == Device::Cpu => (
+                on_cpu(),
+                Some("CUDA has no attention for fp32 bundles; --provider cuda runs the vision tower there".to_owned()),
+            ),
+            Ok(()) => (on_gpus(Device::Cuda), None),
+            Err(reason) => (on_cpu(), Some(reason)),
         },
-    })
+    };
+    let device = devices.first().copied().unwrap_or(Device::Cpu);
+    let decoder = decoder_device(device, precision);
+    let mut line = format!("provider: {}", device.name());
+    if decoder != device {
+        line.push_str(&format!(", decoder: {}", decoder.name()));
+    }
+    if let Some(reason) = reason {
+        line.push_str(&format!(" ({reason})"));
+    }
+    if !args.quiet {
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
+    Ok(devices)
 }
 
 fn engine_options(
@@ -194,10 +223,24 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
     }))
 }
 
-/// Makes the output folder, or checks that it belongs to a run with the same settings.
+/// Checks that the output folder, if there is one, belongs to a run with the same settings.
+fn check_output(folder: &Path, settings: &Value, overwrite: bool) -> Result<()> {
+    let path = folder.join(SETTINGS_FILE);
+    if overwrite || !path.is_file() {
+        return Ok(());
+    }
+    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let earlier: Value = serde_json::from_slice(&text).unwrap_or_default();
+    let differences = differences(&earlier["settings"], &settings["settings"]);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(Error::OtherRun { path: folder.to_owned(), differences: differences.join("; ") })
+}
+
+/// Makes the output folder, empties it if asked to, and notes the settings in it.
 fn prepare_output(folder: &Path, settings: &Value, overwrite: bool) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    let path = folder.join(SETTINGS_FILE);
     if overwrite {
         for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
             let path = entry.map_err(Error::io("read", folder))?.path();
@@ -205,15 +248,8 @@ fn prepare_output(folder: &Path, settings: &Value, overwrite: bool) -> Result<()
                 std::fs::remove_file(&path).map_err(Error::io("delete", &path))?;
             }
         }
-    } else if path.is_file() {
-        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let earlier: Value = serde_json::from_slice(&text).unwrap_or_default();
-        let differences = differences(&earlier["settings"], &settings["settings"]);
-        if !differences.is_empty() {
-            return Err(Error::OtherRun { path: folder.to_owned(), differences: differences.join("; ") });
-        }
     }
-    write_json(&path, settings)
+    write_json(&folder.join(SETTINGS_FILE), settings)
 }
 
 /// Whether a file in an output folder is one that a run writes.
@@ -239,7 +275,7 @@ fn differences(earlier: &Value, now: &Value) -> Vec<String> {
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
     let text = serde_json::to_vec_pretty(value).expect("bug: JSON serialises");
-    write_atomically(path, |file| std::io::Write::write_all(file, &text).map_err(Error::io("write", path)))
+    write_atomically(path, |file| file.write_all(&text).map_err(Error::io("write", path)))
 }
 
 fn describe(summary: &Summary, out: Option<&Path>) -> String {
@@ -257,7 +293,9 @@ fn describe(summary: &Summary, out: Option<&Path>) -> String {
     if let Some(out) = out {
         lines.push(format!("captions in `{}`", out.display()));
     }
-    if summary.is_interrupted {
+    if summary.is_interrupted && out.is_none() {
+        lines.push("interrupted".to_owned());
+    } else if summary.is_interrupted {
         lines.push(format!(
             "interrupted: {} captions of unfinished shards were not kept; the same command goes on from the last whole shard",
             summary.num_discarded

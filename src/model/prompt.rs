@@ -116,6 +116,12 @@ impl Prompt {
         settings: &PromptSettings,
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
+        if let Some(token) = [settings.image_token.as_str(), IMAGE].into_iter().find(|token| text.contains(token)) {
+            return Err(Error::Setting {
+                reason: format!("the prompt holds the image placeholder `{token}`"),
+                hint: "leave it out: the template places the image".to_owned(),
+            });
+        }
         let (template, rendered) = match choice {
             Some(TemplateChoice::Preset(preset)) => (preset.name().to_owned(), preset.render(text)),
             Some(TemplateChoice::File(path)) => {

@@ -50,14 +50,15 @@ impl<T> Engine<T> {
         // Of an engine's sessions only the decoder's threads spin: the token loop is what they must not be late for.
         let session = |device, spin| SessionOptions { device, num_threads: options.num_threads, spin };
         let vision_batch = options.vision_batch.min(options.num_slots);
-        let vision = VisionEncoder::open(bundle, session(options.device, false), vision_batch)?;
+        let decoder = decoder_device(options.device, bundle.manifest.precision);
+        let vision = VisionEncoder::open(bundle, session(options.device, false), decoder, vision_batch)?;
         let generator_options = GeneratorOptions {
             num_slots: options.num_slots,
             max_prefill_batch: vision_batch,
             stop_rule: options.stop_rule.clone(),
         };
-        let decoder = session(decoder_device(options.device), true);
-        Ok(Self { vision, generator: Generator::open(bundle, decoder, prompt, generator_options)? })
+        let generator = Generator::open(bundle, session(decoder, true), prompt, generator_options)?;
+        Ok(Self { vision, generator })
     }
 
     /// Logits of the first caption token of each image, `[images, vocab]` row by row; `pixel_values` is

@@ -94,10 +94,10 @@ impl StepBuffers {
 
     fn bind(&self, binding: &mut Binding, batch: usize) -> Result<()> {
         let tokens = [batch, self.sequence];
-        binding.bind_input("input_ids", &self.input_ids.view(0, &tokens)?)?;
-        binding.bind_input("image_index", &self.image_index.view(0, &tokens)?)?;
-        binding.bind_input("seqlens_k", &self.seqlens_k.view(0, &[batch])?)?;
-        binding.bind_input("total_sequence_length", &self.total_sequence_length.view(0, &[])?)?;
+        binding.bind_host_input("input_ids", self.input_ids.view(0, &tokens)?)?;
+        binding.bind_host_input("image_index", self.image_index.view(0, &tokens)?)?;
+        binding.bind_host_input("seqlens_k", self.seqlens_k.view(0, &[batch])?)?;
+        binding.bind_host_input("total_sequence_length", self.total_sequence_length.view(0, &[])?)?;
         binding.bind_output("next_ids", self.next_ids.view(0, &[batch])?)
     }
 
@@ -197,7 +197,7 @@ impl<T> Generator<T> {
         if let Some(logits) = logits {
             binding.bind_output("logits", logits)?;
         }
-        self.decoder.run(&binding)?;
+        self.decoder.run(&mut binding)?;
         Ok(batch)
     }
 

@@ -42,14 +42,14 @@ use crate::pipeline::pool::BufferPool;
 use crate::pipeline::preprocess::Preprocessor;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::row::RowDraft;
-use crate::pipeline::source::{SourceChannels, SourceOptions};
-use crate::pipeline::write::{Counts, Sink, WriteOptions};
+use crate::pipeline::source::{SourceChannels, SourceOptions, SourceReport};
+use crate::pipeline::write::{Counts, FinishedShard, Sink, WriteOptions};
 use crate::stage::Stage;
 
 /// Encoded images that wait for a load thread: enough to hide a slow read, little enough to be nothing.
 const MAX_QUEUED_RECORDS: usize = 64;
 /// Decoded images that wait, per preprocess thread: each may be hundreds of MB.
-const MAX_QUEUED_LOADED_PER_THREAD: usize = 2;
+const MAX_QUEUED_LOADED_PER_THREAD: usize = 1;
 /// Rows that wait for the write stage.
 const MAX_QUEUED_ROWS: usize = 1024;
 
@@ -93,7 +93,10 @@ pub struct Summary {
     pub run_seconds: f64,
     /// Rows of this run per second of `run_seconds`.
     pub images_per_second: f64,
-    /// The user ended the run early.
+    /// Inputs that could not be read to their end, or hold no image, and why; their shards are not written.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub damaged_inputs: Vec<String>,
+    /// The user ended the run before its input was read to the end.
     #[serde(skip)]
     pub is_interrupted: bool,
     /// Captions made that were not written, since the interruption left their shard unfinished.
@@ -101,46 +104,63 @@ pub struct Summary {
     pub num_discarded: u64,
 }
 
-/// Runs the pipeline to its end.
+/// A run whose model is loaded.
+pub struct LoadedRun {
+    options: RunOptions,
+    engines: Vec<Engine<RowDraft>>,
+    tokenizer: Tokenizer,
+    load_seconds: f64,
+}
+
+/// Loads the model; the output is not touched yet.
 ///
 /// # Errors
-/// Set-up errors before the first image; later ones when a stage cannot go on. Failed images are not errors.
-pub fn run(options: RunOptions) -> Result<Summary> {
+/// When the device does not work, a graph does not load, or memory is short.
+pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
     let started = Instant::now();
     let tokenizer = Tokenizer::open(&options.bundle.tokenizer_path())?;
-    let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
-    let finished = write::finished_shards(&options.sink, prompt_tokens)?;
     let engines = options
         .engines
         .iter()
         .map(|engine| Engine::open(&options.bundle, &options.prompt, engine))
         .collect::<Result<Vec<Engine<RowDraft>>>>()?;
     let load_seconds = started.elapsed().as_secs_f64();
+    Ok(LoadedRun { options, engines, tokenizer, load_seconds })
+}
 
-    let progress = Arc::new(Progress::new());
-    let (committed, num_discarded) = run_stages(&options, engines, tokenizer, &finished, &progress)?;
-    let run_seconds = progress.elapsed().as_secs_f64();
-    let mut counts = committed;
-    if !matches!(options.sink, Sink::StandardOutput) {
-        finished.values().for_each(|shard| counts.add(*shard));
+impl LoadedRun {
+    /// Runs the pipeline to its end.
+    ///
+    /// # Errors
+    /// When a stage cannot go on. Failed images and damaged inputs are not errors: they are in the summary.
+    pub fn run(self) -> Result<Summary> {
+        let Self { options, engines, tokenizer, load_seconds } = self;
+        let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
+        let finished = write::finished_shards(&options.sink, prompt_tokens)?;
+        let progress = Arc::new(Progress::new());
+        let (report, committed, num_discarded) = run_stages(&options, engines, tokenizer, &finished, &progress)?;
+        let run_seconds = progress.elapsed().as_secs_f64();
+        let mut counts = committed;
+        finished.values().for_each(|shard| counts.add(shard.counts));
+        Ok(Summary {
+            counts,
+            load_seconds,
+            run_seconds,
+            images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
+            damaged_inputs: report.damaged.iter().map(ToString::to_string).collect(),
+            is_interrupted: report.is_cut_short,
+            num_discarded,
+        })
     }
-    Ok(Summary {
-        counts,
-        load_seconds,
-        run_seconds,
-        images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
-        is_interrupted: options.interrupt.load(Ordering::Relaxed),
-        num_discarded,
-    })
 }
 
 fn run_stages(
     options: &RunOptions,
     engines: Vec<Engine<RowDraft>>,
     tokenizer: Tokenizer,
-    finished: &HashMap<String, Counts>,
+    finished: &HashMap<String, FinishedShard>,
     progress: &Arc<Progress>,
-) -> Result<(Counts, u64)> {
+) -> Result<(SourceReport, Counts, u64)> {
     let preprocessing = &options.bundle.manifest.preprocessing;
     let max_preprocessed = options.engines.iter().map(|engine| 2 * engine.vision_batch).sum();
     let (records_in, records_out) = bounded(MAX_QUEUED_RECORDS);
@@ -151,7 +171,7 @@ fn run_stages(
     let pool = BufferPool::new(max_preprocessed + options.num_load_threads, num_values);
     let source_options = SourceOptions {
         inputs: options.inputs.clone(),
-        finished: finished.iter().map(|(name, counts)| (name.clone(), counts.rows as usize)).collect(),
+        finished: finished.clone(),
         limit: options.limit,
         max_image_bytes: options.max_image_bytes,
     };
@@ -163,22 +183,24 @@ fn run_stages(
     };
     let supervisor = Supervisor::default();
     if !options.quiet {
-        let num_finished = finished.values().map(|counts| counts.rows).sum();
+        let num_finished = finished.values().map(|shard| shard.counts.rows).sum();
         count_in_background(options, num_finished, Arc::clone(progress));
     }
 
-    let result = thread::scope(|scope| {
+    let result = thread::scope(|scope| -> Result<_> {
         let supervisor = &supervisor;
+        // Also when this returns early: the stages that run already must end, and the progress line with them.
+        let _guard = EndGuard { supervisor, progress };
         if !options.quiet {
-            spawn(scope, "progress".to_owned(), || progress.report());
+            spawn(scope, "progress".to_owned(), || progress.report())?;
         }
         let rows = rows_in.clone();
-        spawn(scope, Stage::Source.name().to_owned(), move || {
+        let source = spawn(scope, Stage::Source.name().to_owned(), move || {
             supervisor.watch(Stage::Source, || {
                 let stop = [&supervisor.abort, &*options.interrupt];
                 source::run(source_options, SourceChannels { records: records_in, rows, stop })
             })
-        });
+        })?;
         for i in 0..options.num_load_threads {
             let (records, loaded, rows) = (records_out.clone(), loaded_in.clone(), rows_in.clone());
             spawn(scope, format!("{}-{i}", Stage::Load), move || {
@@ -186,7 +208,7 @@ fn run_stages(
                     load::run(&records, &loaded, &rows, &options.load_limits);
                     Ok(())
                 })
-            });
+            })?;
             let (loaded, preprocessed, rows) = (loaded_out.clone(), preprocessed_in.clone(), rows_in.clone());
             let (preprocessor, pool) = (Preprocessor::new(preprocessing.clone()), pool.clone());
             spawn(scope, format!("{}-{i}", Stage::Preprocess), move || {
@@ -194,7 +216,7 @@ fn run_stages(
                     preprocess::run(&loaded, &preprocessed, &rows, preprocessor, &pool);
                     Ok(())
                 })
-            });
+            })?;
         }
         for (i, engine) in engines.into_iter().enumerate() {
             let (images, rows) = (preprocessed_out.clone(), rows_in.clone());
@@ -202,20 +224,33 @@ fn run_stages(
                 let stage = Cell::new(Stage::Vision);
                 let channels = EngineChannels { images, rows, abort: &supervisor.abort, progress, stage: &stage };
                 supervisor.watch_at(&stage, || engine::run(engine, &channels))
-            });
+            })?;
         }
         // The stages hold the only ends from here on, so that each closes its output by ending.
         drop((records_out, loaded_in, loaded_out, preprocessed_in, preprocessed_out, rows_in));
         let writer = spawn(scope, Stage::Write.name().to_owned(), move || {
             supervisor.watch(Stage::Write, || write::run(&write_options, &rows_out, progress))
-        });
+        })?;
         let written = writer.join().ok().flatten();
-        progress.finish();
-        written
-    });
-    match supervisor.failure.into_inner().expect("bug: no stage panics with the lock held") {
-        Some(failure) => Err(failure),
-        None => Ok(result.expect("bug: the write stage ended without a result or a failure")),
+        Ok(source.join().ok().flatten().zip(written))
+    })?;
+    if let Some(failure) = supervisor.failure.into_inner().expect("bug: no stage panics with the lock held") {
+        return Err(failure);
+    }
+    let (report, (committed, num_discarded)) = result.expect("bug: a stage ended without a result or a failure");
+    Ok((report, committed, num_discarded))
+}
+
+/// Ends what goes on beside the stages when the scope is left, however it is left.
+struct EndGuard<'a> {
+    supervisor: &'a Supervisor,
+    progress: &'a Progress,
+}
+
+impl Drop for EndGuard<'_> {
+    fn drop(&mut self) {
+        self.supervisor.abort.store(true, Ordering::Relaxed);
+        self.progress.finish();
     }
 }
 
@@ -235,8 +270,9 @@ fn spawn<'scope, T: Send + 'scope>(
     scope: &'scope thread::Scope<'scope, '_>,
     name: String,
     body: impl FnOnce() -> T + Send + 'scope,
-) -> thread::ScopedJoinHandle<'scope, T> {
-    thread::Builder::new().name(name).spawn_scoped(scope, body).expect("the system gives another thread")
+) -> Result<thread::ScopedJoinHandle<'scope, T>> {
+    let failed = Error::io("start thread", std::path::Path::new(&name));
+    thread::Builder::new().name(name.clone()).spawn_scoped(scope, body).map_err(failed)
 }
 
 /// Keeps the first failure of any stage and tells the others to stop.

@@ -1,7 +1,7 @@
 //! How far a run is: counters that the stages raise, and the reporter that shows them, as a bar on a terminal and as a
 //! line every ten seconds elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -90,11 +90,11 @@ impl Progress {
         while !self.is_over.load(Ordering::Acquire) {
             std::thread::sleep(Duration::from_millis(50));
             if last.elapsed() >= LINE_INTERVAL {
-                eprintln!("{}", self.line());
+                print_line(&self.line());
                 last = Instant::now();
             }
         }
-        eprintln!("{}", self.line());
+        print_line(&self.line());
     }
 
     fn show_bar(&self) {
@@ -113,8 +113,13 @@ impl Progress {
             std::thread::sleep(BAR_INTERVAL);
         }
         bar.finish_and_clear();
-        eprintln!("{}", self.line());
+        print_line(&self.line());
     }
+}
+
+/// To standard error; whether anybody reads it is not the run's concern.
+fn print_line(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// `2h05m`, `15m12s` or `8s`.

@@ -89,8 +89,8 @@ pub struct Failure {
 pub(crate) enum Message {
     /// A row, finished in any order.
     Row(Box<Row>),
-    /// The source has met all rows of a shard.
-    ShardEnded { shard: Arc<Shard>, num_rows: usize },
+    /// The source has met all rows of a shard; `identity` tells its input from another of the same name.
+    ShardEnded { shard: Arc<Shard>, num_rows: usize, identity: String },
 }
 
 impl From<Row> for Message {

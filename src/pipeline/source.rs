@@ -6,21 +6,27 @@
 mod folder;
 mod tar;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use crossbeam::channel::Sender;
+use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
+use recaption_export::hex;
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::pipeline::input::Input;
 use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
+use crate::pipeline::write::FinishedShard;
 use crate::stage::Stage;
 
 /// Rows of a shard that is made of single files.
 const FILES_PER_SHARD: usize = 10_000;
+/// How often a stage that waits for standard input looks at the stop flags.
+const STOP_INTERVAL: Duration = Duration::from_millis(100);
 /// Name of the shards made of single files that no folder names.
 const IMAGES: &str = "images";
 
@@ -33,8 +39,8 @@ pub(crate) struct ImageRecord {
 /// What the source stage needs to know.
 pub(crate) struct SourceOptions {
     pub(crate) inputs: Vec<Input>,
-    /// Rows of the shards that are written already, by name.
-    pub(crate) finished: HashMap<String, usize>,
+    /// The shards that are written already, by name.
+    pub(crate) finished: HashMap<String, FinishedShard>,
     /// Most images to take, over all inputs.
     pub(crate) limit: Option<usize>,
     /// Largest image file that is read.
@@ -49,21 +55,32 @@ pub(crate) struct SourceChannels<'a> {
     pub(crate) stop: [&'a AtomicBool; 2],
 }
 
+/// How the reading of the inputs went.
+#[derive(Debug)]
+pub(crate) struct SourceReport {
+    /// Inputs that could not be read to their end, or hold no image; the others were read all the same.
+    pub(crate) damaged: Vec<Error>,
+    /// A stop flag was raised before everything was read.
+    pub(crate) is_cut_short: bool,
+}
+
 /// Reads all inputs.
 ///
 /// # Errors
-/// [`Error::Io`] or [`Error::Input`] when an input cannot be read on.
-pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Result<()> {
+/// [`Error::Input`] when a shard of the output was made from another input, [`Error::Io`] when standard input fails.
+pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Result<SourceReport> {
     let mut emitter = Emitter {
         channels,
         finished: options.finished,
         remaining: options.limit.unwrap_or(usize::MAX),
         max_image_bytes: options.max_image_bytes,
-        names: HashMap::new(),
+        names: HashSet::new(),
         num_shards: 0,
         shard: None,
         num_rows: 0,
+        is_cut_short: false,
     };
+    let mut damaged = Vec::new();
     let mut loose = FileShards::new(IMAGES.to_owned());
     for input in options.inputs {
         if emitter.is_done() {
@@ -72,7 +89,7 @@ pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Resul
         match input {
             Input::Image(path) => loose.push(&mut emitter, &path, path.display().to_string())?,
             Input::StandardInput => {
-                for line in std::io::stdin().lock().split(b'\n') {
+                for line in standard_input_lines(emitter.channels.stop) {
                     let line = line.map_err(Error::io("read", Path::new("standard input")))?;
                     let line = line.strip_suffix(b"\r").unwrap_or(&line);
                     if !line.is_empty() {
@@ -85,15 +102,41 @@ pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Resul
             }
             Input::Folder(path) => {
                 loose.end(&mut emitter)?;
-                folder::run(&path, &mut emitter)?;
+                damaged.extend(folder::run(&path, &mut emitter)?);
             }
             Input::Tar(path) => {
                 loose.end(&mut emitter)?;
-                tar::run(&path, &mut emitter)?;
+                damaged.extend(tar::run(&path, &mut emitter)?);
             }
         }
     }
-    loose.end(&mut emitter)
+    loose.end(&mut emitter)?;
+    Ok(SourceReport { damaged, is_cut_short: emitter.is_cut_short })
+}
+
+/// Lines of standard input, until its end or a stop flag. A thread of its own reads them: a pipe that stays silent must
+/// not keep the run from ending.
+fn standard_input_lines(stop: [&AtomicBool; 2]) -> impl Iterator<Item = std::io::Result<Vec<u8>>> {
+    let (sender, lines) = bounded(64);
+    let read = move || {
+        let mut lines = std::io::stdin().lock().split(b'\n');
+        while lines.next().is_some_and(|line| sender.send(line).is_ok()) {}
+    };
+    let started = std::thread::Builder::new().name("stdin".to_owned()).spawn(read);
+    let mut failure = started.err().map(Err);
+    std::iter::from_fn(move || {
+        loop {
+            if let Some(failure) = failure.take() {
+                return Some(failure);
+            }
+            match lines.recv_timeout(STOP_INTERVAL) {
+                Ok(line) => return Some(line),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) if stop.iter().any(|stop| stop.load(Ordering::Relaxed)) => return None,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    })
 }
 
 /// A path as standard input has it: any bytes on Unix, UTF-8 elsewhere.
@@ -123,37 +166,41 @@ pub(crate) fn count_images(inputs: &[Input]) -> Option<u64> {
 /// Sends records and keeps the count of rows and shards.
 struct Emitter<'a> {
     channels: SourceChannels<'a>,
-    finished: HashMap<String, usize>,
+    finished: HashMap<String, FinishedShard>,
     remaining: usize,
     max_image_bytes: u64,
-    /// Times each shard name was used.
-    names: HashMap<String, usize>,
+    /// Shard names in use.
+    names: HashSet<String>,
     num_shards: usize,
     shard: Option<Arc<Shard>>,
     /// Rows of the shard so far.
     num_rows: usize,
+    /// A stop flag ended the reading.
+    is_cut_short: bool,
 }
 
 impl Emitter<'_> {
     /// Whether nothing more is wanted.
-    fn is_done(&self) -> bool {
-        self.remaining == 0 || self.is_stopped()
+    fn is_done(&mut self) -> bool {
+        self.is_cut_short |= self.is_stopped();
+        self.remaining == 0 || self.is_cut_short
     }
 
     fn is_stopped(&self) -> bool {
         self.channels.stop.iter().any(|stop| stop.load(Ordering::Relaxed))
     }
 
-    /// Starts a shard. Returns the rows of the shard when it is written already and needs no reading.
-    fn begin(&mut self, name: &str) -> Option<usize> {
-        let uses = self.names.entry(name.to_owned()).or_insert(0);
-        *uses += 1;
-        let name = if *uses == 1 { name.to_owned() } else { format!("{name}-{uses}") };
-        let num_rows = self.finished.get(&name).copied();
-        self.shard = num_rows.is_none().then(|| Arc::new(Shard { index: self.num_shards, name }));
+    /// Starts a shard; two inputs of one name get `-2`, `-3`. Returns what is known of it when it is written already.
+    fn begin(&mut self, name: &str) -> Option<FinishedShard> {
+        let numbered = (2..).map(|number| format!("{name}-{number}"));
+        let mut candidates = std::iter::once(name.to_owned()).chain(numbered);
+        let name = candidates.find(|name| !self.names.contains(name)).expect("bug: numbers do not end");
+        self.names.insert(name.clone());
+        let finished = self.finished.get(&name).cloned();
+        self.shard = finished.is_none().then(|| Arc::new(Shard { index: self.num_shards, name }));
         self.num_shards += 1;
         self.num_rows = 0;
-        num_rows
+        finished
     }
 
     /// Passes over rows of a shard that is written already.
@@ -176,9 +223,18 @@ impl Emitter<'_> {
     }
 
     /// Ends the shard, unless the run is being stopped: then it is not whole.
-    fn end(&mut self) {
-        let Some(shard) = self.shard.take().filter(|_| !self.is_stopped()) else { return };
-        let _ = self.channels.rows.send(Message::ShardEnded { shard, num_rows: self.num_rows });
+    fn end(&mut self, identity: String) {
+        let Some(shard) = self.shard.take() else { return };
+        if self.is_stopped() {
+            self.is_cut_short = true;
+            return;
+        }
+        let _ = self.channels.rows.send(Message::ShardEnded { shard, num_rows: self.num_rows, identity });
+    }
+
+    /// Leaves a shard that cannot be read to its end: its rows are not written.
+    fn abandon(&mut self) {
+        self.shard = None;
     }
 
     /// Reads a file, within the size limit.
@@ -200,24 +256,27 @@ impl Emitter<'_> {
 struct FileShards {
     name: String,
     num_shards: usize,
-    /// Files of the present shard so far.
+    /// Files of the present shard so far, and the hash of their keys.
     num_files: usize,
-    /// Rows of the present shard if it is written already.
-    written: Option<usize>,
+    keys: Sha256,
+    /// The present shard if it is written already.
+    finished: Option<FinishedShard>,
 }
 
 impl FileShards {
     fn new(name: String) -> Self {
-        Self { name, num_shards: 0, num_files: 0, written: None }
+        Self { name, num_shards: 0, num_files: 0, keys: Sha256::new(), finished: None }
     }
 
     fn push(&mut self, emitter: &mut Emitter<'_>, path: &Path, key: String) -> Result<()> {
         if self.num_files == 0 {
-            self.written = emitter.begin(&format!("{}-{:05}", self.name, self.num_shards));
+            self.finished = emitter.begin(&format!("{}-{:05}", self.name, self.num_shards));
             self.num_shards += 1;
         }
         self.num_files += 1;
-        if self.written.is_some() {
+        self.keys.update(&key);
+        self.keys.update([0]);
+        if self.finished.is_some() {
             emitter.skip(1);
         } else {
             let bytes = emitter.read_file(path);
@@ -228,33 +287,42 @@ impl FileShards {
     }
 
     /// # Errors
-    /// [`Error::Input`] when a shard that is written has another number of files now: some would be passed over.
+    /// [`Error::Input`] when the shard was written from other files: some would be passed over.
     fn end(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
         let num_files = std::mem::take(&mut self.num_files);
-        if num_files == 0 {
-            return Ok(());
-        }
-        match self.written.take() {
-            Some(written) if written != num_files && !emitter.is_stopped() => Err(Error::Input {
-                input: self.name.clone(),
-                reason: format!(
-                    "the output has {written} rows of shard `{}-{:05}`, which is {num_files} images now",
-                    self.name,
-                    self.num_shards - 1
-                ),
-                hint: "images were added or removed since; choose another --out, or start anew with --overwrite",
-            }),
+        let identity = hex(&self.keys.finalize_reset());
+        match self.finished.take() {
+            Some(finished) if !emitter.is_stopped() => {
+                let is_same_count = finished.counts.rows == num_files as u64;
+                let is_same = finished.identity.as_ref().is_none_or(|known| *known == identity);
+                if is_same_count && is_same {
+                    return Ok(());
+                }
+                Err(other_input(&self.name, &format!("{}-{:05}", self.name, self.num_shards - 1)))
+            }
             Some(_) => Ok(()),
             None => {
-                emitter.end();
+                emitter.end(identity);
                 Ok(())
             }
         }
     }
 }
 
-/// Name of a file or folder, for shards.
+/// The output holds a shard of this name that was made from other images.
+fn other_input(input: &str, shard: &str) -> Error {
+    Error::Input {
+        input: input.to_owned(),
+        reason: format!("the output has shard `{shard}` of other images"),
+        hint: "images were added, removed or exchanged since; choose another --out, or start anew with --overwrite",
+    }
+}
+
+/// Name of a file or folder, for shards: as typed, so that a link keeps its own.
 fn stem(path: &Path) -> String {
-    let absolute: PathBuf = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    absolute.file_name().map_or_else(|| IMAGES.to_owned(), |name| name.to_string_lossy().into_owned())
+    let named = match path.file_name() {
+        Some(_) => path.to_owned(),
+        None => path.canonicalize().unwrap_or_else(|_| path.to_owned()),
+    };
+    named.file_name().map_or_else(|| IMAGES.to_owned(), |name| name.to_string_lossy().into_owned())
 }

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use recaption_export::DataType;
+use recaption_export::{DataType, Precision};
 
 use crate::error::Result;
 use crate::model::Bundle;
@@ -36,8 +36,8 @@ struct Buffers {
 }
 
 impl VisionEncoder {
-    /// Loads both graphs; `decoder_device` is where the features are wanted.
-    pub(crate) fn open(bundle: &Bundle, options: SessionOptions, max_batch: usize) -> Result<Self> {
+    /// Loads both graphs; `decoder` is where the features are wanted.
+    pub(crate) fn open(bundle: &Bundle, options: SessionOptions, decoder: Device, max_batch: usize) -> Result<Self> {
         let manifest = &bundle.manifest;
         let tower = Session::open(&bundle.graph_path(&manifest.graphs.vision_tower), options)?;
         let projector = Session::open(&bundle.graph_path(&manifest.graphs.projector), options)?;
@@ -47,7 +47,10 @@ impl VisionEncoder {
         let buffers = Buffers {
             pixel_values: Buffer::host(DataType::F32, max_batch * 3 * side * side)?,
             vision_features: tower.device_buffer(DataType::F32, max_batch * num_image_tokens * feature_size)?,
-            image_features: projector.device_buffer(DataType::F32, max_batch * num_image_tokens * hidden_size)?,
+            image_features: match decoder {
+                Device::Cpu => Buffer::host(DataType::F32, max_batch * num_image_tokens * hidden_size)?,
+                _ => projector.device_buffer(DataType::F32, max_batch * num_image_tokens * hidden_size)?,
+            },
             side,
             num_image_tokens,
             feature_size,
@@ -86,7 +89,7 @@ impl Buffers {
     fn bind(&self, tower: &Session, projector: &Session, batch: usize) -> Result<(Binding, Binding)> {
         let features = || self.vision_features.view(0, &[batch, self.num_image_tokens, self.feature_size]);
         let mut tower = tower.binding()?;
-        tower.bind_input("pixel_values", &self.pixel_values.view(0, &[batch, 3, self.side, self.side])?)?;
+        tower.bind_host_input("pixel_values", self.pixel_values.view(0, &[batch, 3, self.side, self.side])?)?;
         tower.bind_output("vision_features", features()?)?;
         let mut projector = projector.binding()?;
         projector.bind_input("vision_features", &features()?)?;
@@ -99,10 +102,10 @@ impl Buffers {
     }
 }
 
-/// What vision sessions run on: TensorRT takes the tower and the projector whole, the decoder's fused operators not.
-pub(crate) fn decoder_device(device: Device) -> Device {
-    match device {
-        Device::TensorRt(index) => Device::Cuda(index),
-        other => other,
+/// What the decoder runs on where vision runs on `device`. TensorRT does not take the decoder's fused operators, and
+/// ONNX Runtime's CUDA attention has kernels for fp16 and bf16 only (contrib_ops/cuda/bert/group_query_attention.cc).
+pub(crate) fn decoder_device(device: Device, precision: Precision) -> Device {
+    match (device, precision) {
+        (Device::Cpu | Device::Cuda(_) | Device::TensorRt(_), Precision::Fp32) => Device::Cpu,
     }
 }

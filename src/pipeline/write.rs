@@ -135,8 +135,8 @@ pub struct WrittenRow {
     pub source: String,
     /// The rest of the sidecar, as JSON.
     pub metadata: Option<String>,
-    /// New ids, with `--with-token-ids` only.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// New ids, a column with `--with-token-ids` only.
+    #[serde(skip)]
     pub token_ids: Option<Vec<i64>>,
 }
 
@@ -168,9 +168,9 @@ pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &P
                 shards.entry(shard.index).or_default().rows.insert(index, row);
                 shard.index
             }
-            Message::ShardEnded { shard, num_rows } => {
+            Message::ShardEnded { shard, num_rows, identity } => {
                 let index = shard.index;
-                shards.entry(index).or_default().ended = Some((shard, num_rows));
+                shards.entry(index).or_default().ended = Some(EndedShard { shard, num_rows, identity });
                 index
             }
         };
@@ -188,7 +188,14 @@ pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &P
 struct PendingShard {
     rows: BTreeMap<usize, WrittenRow>,
     num_printed: usize,
-    ended: Option<(Arc<Shard>, usize)>,
+    ended: Option<EndedShard>,
+}
+
+/// What the source says of a shard when it has met all its rows.
+struct EndedShard {
+    shard: Arc<Shard>,
+    num_rows: usize,
+    identity: String,
 }
 
 fn commit_if_whole(
@@ -197,18 +204,21 @@ fn commit_if_whole(
     index: usize,
     committed: &mut Counts,
 ) -> Result<()> {
-    let Some(PendingShard { rows, ended: Some((_, num_rows)), .. }) = shards.get(&index) else { return Ok(()) };
-    if rows.len() < *num_rows {
+    let Some(PendingShard { rows, ended: Some(ended), .. }) = shards.get(&index) else { return Ok(()) };
+    if rows.len() < ended.num_rows {
         return Ok(());
     }
-    let Some(PendingShard { rows, ended: Some((shard, _)), .. }) = shards.remove(&index) else { return Ok(()) };
+    let Some(PendingShard { rows, ended: Some(ended), .. }) = shards.remove(&index) else { return Ok(()) };
     let rows: Vec<WrittenRow> = rows.into_values().collect();
     let counts = count(&rows, options);
     let Sink::Folder { format, .. } = options.sink else { return Ok(()) };
-    let path = options.sink.path(&shard.name).expect("bug: a folder has paths");
+    let path = options.sink.path(&ended.shard.name).expect("bug: a folder has paths");
     match format {
-        Format::Parquet => parquet::write(&path, &rows, counts, options.with_token_ids)?,
-        Format::Jsonl => jsonl::write(&path, &rows)?,
+        Format::Parquet => {
+            let finished = FinishedShard { counts, identity: Some(ended.identity) };
+            parquet::write(&path, &rows, &finished, options.with_token_ids)?;
+        }
+        Format::Jsonl => jsonl::write(&path, &rows, options.with_token_ids)?,
     }
     committed.add(counts);
     Ok(())
@@ -228,9 +238,9 @@ fn print_ready(
             ready.push(row);
         }
         committed.add(count(&ready, options));
-        jsonl::print(&ready)?;
+        jsonl::print(&ready, options.with_token_ids)?;
         match &pending.ended {
-            Some((_, num_rows)) if pending.num_printed == *num_rows => entry.remove(),
+            Some(ended) if pending.num_printed == ended.num_rows => entry.remove(),
             _ => return Ok(()),
         };
     }
@@ -288,11 +298,19 @@ fn count(rows: &[WrittenRow], options: &WriteOptions) -> Counts {
     }
 }
 
-/// Counts of the shards whose files are in the folder already, by shard name.
+/// A shard whose file is in the output folder already.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FinishedShard {
+    pub(crate) counts: Counts,
+    /// Tells its input from another of the same name; JSON Lines files do not keep it.
+    pub(crate) identity: Option<String>,
+}
+
+/// The shards whose files are in the folder already, by name.
 ///
 /// # Errors
 /// When the folder or one of the files cannot be read.
-pub(crate) fn finished_shards(sink: &Sink, prompt_tokens: usize) -> Result<HashMap<String, Counts>> {
+pub(crate) fn finished_shards(sink: &Sink, prompt_tokens: usize) -> Result<HashMap<String, FinishedShard>> {
     let Sink::Folder { folder, format } = sink else { return Ok(HashMap::new()) };
     let mut finished = HashMap::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
@@ -300,11 +318,11 @@ pub(crate) fn finished_shards(sink: &Sink, prompt_tokens: usize) -> Result<HashM
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let shard = name.strip_prefix("captions-").and_then(|name| name.strip_suffix(format.extension()));
         let Some(shard) = shard.and_then(|shard| shard.strip_suffix('.')) else { continue };
-        let counts = match format {
-            Format::Parquet => parquet::read_counts(&path)?,
-            Format::Jsonl => jsonl::read_counts(&path, prompt_tokens)?,
+        let shard_finished = match format {
+            Format::Parquet => parquet::read_finished(&path)?,
+            Format::Jsonl => FinishedShard { counts: jsonl::read_counts(&path, prompt_tokens)?, identity: None },
         };
-        finished.insert(shard.to_owned(), counts);
+        finished.insert(shard.to_owned(), shard_finished);
     }
     Ok(finished)
 }

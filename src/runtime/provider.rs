@@ -16,7 +16,7 @@ pub enum ProviderChoice {
     Cpu,
     /// CUDA for every graph.
     Cuda,
-    /// TensorRT for vision tower and projector, CUDA for the decoder, whose fused operators TensorRT does not take.
+    /// TensorRT for vision tower and projector; the decoder as with `Cuda`, since TensorRT does not take its operators.
     TensorRt,
 }
 

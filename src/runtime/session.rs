@@ -54,7 +54,7 @@ impl Session {
     /// An empty binding; bind every input and the outputs wanted.
     pub(crate) fn binding(&self) -> Result<Binding> {
         let binding = self.session.create_binding().map_err(Error::ort(format!("bind `{}`", self.name)))?;
-        Ok(Binding { binding, owners: Vec::new(), graph: self.name.clone() })
+        Ok(Binding { binding, owners: Vec::new(), host_inputs: Vec::new(), graph: self.name.clone() })
     }
 
     /// A zeroed buffer in the memory of this session's device.
@@ -63,7 +63,11 @@ impl Session {
     }
 
     /// Runs the graph on what `binding` binds.
-    pub(crate) fn run(&mut self, binding: &Binding) -> Result<()> {
+    pub(crate) fn run(&mut self, binding: &mut Binding) -> Result<()> {
+        // ONNX Runtime copies an input that lives on another device when it is bound, not when it runs.
+        if self.device != Device::Cpu {
+            binding.rebind_host_inputs()?;
+        }
         self.session.run_binding(&binding.binding).map_err(Error::ort(format!("run `{}`", self.name)))?;
         Ok(())
     }
@@ -74,10 +78,27 @@ pub(crate) struct Binding {
     binding: IoBinding,
     /// Keeps the memory alive that the bound tensors point into.
     owners: Vec<Arc<Storage>>,
+    /// Inputs that the host writes between runs.
+    host_inputs: Vec<(String, TensorView)>,
     graph: String,
 }
 
 impl Binding {
+    /// Binds an input that the host may write anew before each run.
+    pub(crate) fn bind_host_input(&mut self, name: &str, tensor: TensorView) -> Result<()> {
+        self.bind_input(name, &tensor)?;
+        self.host_inputs.push((name.to_owned(), tensor));
+        Ok(())
+    }
+
+    fn rebind_host_inputs(&mut self) -> Result<()> {
+        for (name, tensor) in &self.host_inputs {
+            let doing = format!("bind input `{name}` of `{}`", self.graph);
+            self.binding.bind_input(name, tensor.value()).map_err(Error::ort(doing))?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn bind_input(&mut self, name: &str, tensor: &TensorView) -> Result<()> {
         self.owners.push(tensor.owner());
         self.binding

@@ -44,7 +44,7 @@ fn every_bad_image_is_a_failed_row_and_every_good_one_is_captioned() {
 }
 
 #[test]
-fn a_file_over_the_size_limit_or_not_there_is_a_failed_row() {
+fn a_file_over_the_size_limit_is_a_failed_row() {
     let bundle = demo_bundle();
     let folder = tempfile::tempdir().unwrap();
     std::fs::copy(root("tests/data/images/42/a.png"), folder.path().join("small.png")).unwrap();

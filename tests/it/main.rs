@@ -11,6 +11,7 @@ mod library;
 mod load;
 mod parity;
 mod preprocessing;
+mod shards;
 mod shutdown;
 mod support;
 mod text;

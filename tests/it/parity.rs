@@ -155,6 +155,21 @@ fn greedy_ids_are_those_of_transformers() {
 }
 
 #[test]
+fn greedy_ids_are_the_same_one_image_at_a_time() {
+    for golden in Golden::all() {
+        for (row, image) in golden.run(&["--ignore-eos", "--slots", "1"]).iter().zip(golden.images()) {
+            assert_eq!(
+                integers(&row["token_ids"]),
+                integers(&image["token_ids"]),
+                "{} {}",
+                golden.name,
+                image["image"]
+            );
+        }
+    }
+}
+
+#[test]
 fn captions_end_where_transformers_ends_them() {
     let mut num_stopped = 0;
     for golden in Golden::all() {

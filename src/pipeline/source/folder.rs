@@ -8,23 +8,47 @@ use crate::error::{Error, Result};
 use crate::pipeline::input::is_image_extension;
 use crate::pipeline::source::{Emitter, FileShards, stem};
 
-/// Sends every image below `folder`; keys are paths below it.
-pub(super) fn run(folder: &Path, emitter: &mut Emitter<'_>) -> Result<()> {
+/// Sends every image below `folder`; keys are paths below it. Returns what is wrong with the folder, if anything is.
+pub(super) fn run(folder: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Error>> {
     let mut shards = FileShards::new(stem(folder));
-    let mut walk = Walk::new(folder)?;
-    while let Some(path) = walk.next_image()? {
+    let mut num_images = 0;
+    let mut damage = None;
+    let mut walk = Walk::default();
+    let mut next = walk.enter(folder).and_then(|()| walk.next_image());
+    loop {
+        let path = match next {
+            Ok(Some(path)) => path,
+            Ok(None) => break,
+            // A directory that cannot be read: its images are not rows, the others are.
+            Err(error) => {
+                damage.get_or_insert(error);
+                next = walk.next_image();
+                continue;
+            }
+        };
+        num_images += 1;
         let key = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().replace('\\', "/");
         shards.push(emitter, &path, key)?;
         if emitter.is_done() {
             break;
         }
+        next = walk.next_image();
     }
-    shards.end(emitter)
+    shards.end(emitter)?;
+    if num_images == 0 && !emitter.is_done() {
+        damage.get_or_insert(Error::Input {
+            input: folder.display().to_string(),
+            reason: "no image in it".to_owned(),
+            hint: "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp",
+        });
+    }
+    Ok(damage)
 }
 
 /// Images below `folder`; `None` when it cannot be read.
 pub(super) fn count_images(folder: &Path) -> Option<u64> {
-    let mut walk = Walk::new(folder).ok()?;
+    let mut walk = Walk::default();
+    walk.enter(folder).ok()?;
     let mut count = 0;
     while walk.next_image().ok()?.is_some() {
         count += 1;
@@ -33,13 +57,15 @@ pub(super) fn count_images(folder: &Path) -> Option<u64> {
 }
 
 /// Depth-first walk; the stack holds the rest of each directory on the way down.
+#[derive(Default)]
 struct Walk {
     stack: Vec<std::vec::IntoIter<DirEntry>>,
 }
 
 impl Walk {
-    fn new(folder: &Path) -> Result<Self> {
-        Ok(Self { stack: vec![sorted_entries(folder)?] })
+    fn enter(&mut self, folder: &Path) -> Result<()> {
+        self.stack.push(sorted_entries(folder)?);
+        Ok(())
     }
 
     fn next_image(&mut self) -> Result<Option<PathBuf>> {
@@ -51,7 +77,7 @@ impl Walk {
             let path = entry.path();
             let kind = entry.file_type().map_err(Error::io("read", &path))?;
             if kind.is_dir() {
-                self.stack.push(sorted_entries(&path)?);
+                self.enter(&path)?;
             } else if path.extension().is_some_and(|extension| is_image_extension(&extension.to_string_lossy()))
                 && (kind.is_file() || path.is_file())
             {

@@ -2,63 +2,113 @@
 //! any order as long as the members of a key follow one another. The key ends at the first dot of the file name.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
+use recaption_export::hex;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 use tar::{Archive, EntryType};
 
 use crate::error::{Error, Result};
 use crate::pipeline::input::is_image_extension;
 use crate::pipeline::row::InputColumns;
-use crate::pipeline::source::{Emitter, stem};
+use crate::pipeline::source::{Emitter, other_input, stem};
 
 /// Largest `.txt` or `.json` that is read.
 const MAX_SIDECAR_BYTES: u64 = 16 << 20;
 
-/// Sends every image of the tar at `path` as one shard.
-pub(super) fn run(path: &Path, emitter: &mut Emitter<'_>) -> Result<()> {
+/// Sends every image of the tar at `path` as one shard. Returns what is wrong with the tar, if anything is.
+pub(super) fn run(path: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Error>> {
     let name = stem(path);
     let name = [".tar.gz", ".tgz", ".tar"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(&name);
-    if let Some(num_rows) = emitter.begin(name) {
-        emitter.skip(num_rows);
-        return Ok(());
-    }
-    let mut archive = Archive::new(open(path)?);
-    let damaged = |error: std::io::Error| Error::Input {
-        input: path.display().to_string(),
-        reason: format!("the tar is damaged: {error}"),
-        hint: "fetch it again; its finished rows are not kept, those of other shards are",
+    let identity = match identity(path) {
+        Ok(identity) => identity,
+        Err(error) => return Ok(Some(error)),
     };
+    if let Some(finished) = emitter.begin(name) {
+        if finished.identity.is_some_and(|known| known != identity) {
+            return Err(other_input(&path.display().to_string(), name));
+        }
+        emitter.skip(finished.counts.rows as usize);
+        return Ok(None);
+    }
+    match send_members(path, emitter) {
+        Ok(()) if emitter.num_rows > 0 || emitter.is_done() => {
+            emitter.end(identity);
+            Ok(None)
+        }
+        Ok(()) => {
+            emitter.abandon();
+            Ok(Some(Error::Input {
+                input: path.display().to_string(),
+                reason: "no image in it".to_owned(),
+                hint: "members are named {key}.jpg, .jpeg, .png, .webp, .gif or .bmp; the key ends at the first dot",
+            }))
+        }
+        Err(error) => {
+            emitter.abandon();
+            Ok(Some(Error::Input {
+                input: path.display().to_string(),
+                reason: format!("the tar is damaged: {error}"),
+                hint: "fetch it again; none of its rows were written",
+            }))
+        }
+    }
+}
+
+/// Tells one tar from another of the same name, wherever it lies: its length, its beginning and its end.
+fn identity(path: &Path) -> Result<String> {
+    const SAMPLE_BYTES: u64 = 1 << 16;
+    let read = || -> std::io::Result<String> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        let mut sample = Vec::new();
+        file.by_ref().take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+        file.seek(SeekFrom::Start(length.saturating_sub(SAMPLE_BYTES)))?;
+        file.take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+        sample.extend(length.to_le_bytes());
+        Ok(hex(&Sha256::digest(sample)))
+    };
+    read().map_err(Error::io("read", path))
+}
+
+fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
+    let mut archive = Archive::new(open(path)?);
     let mut sample = Sample::default();
-    for entry in archive.entries().map_err(damaged)? {
-        let mut entry = entry.map_err(damaged)?;
-        if !matches!(entry.header().entry_type(), EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse) {
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let kind = entry.header().entry_type();
+        let is_link = matches!(kind, EntryType::Link | EntryType::Symlink);
+        if !is_link && !matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse) {
             continue;
         }
-        let member = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        let member = entry.path_bytes().into_owned();
         let Some((key, extension)) = split_member(&member) else { continue };
         if sample.key != key {
             std::mem::take(&mut sample).send(path, emitter);
             if emitter.is_done() {
-                break;
+                return Ok(());
             }
             sample.key = key.to_owned();
         }
         let size = entry.size();
-        let mut read = |limit: u64| -> Result<Vec<u8>> {
+        let mut read = |limit: u64| -> std::io::Result<Vec<u8>> {
             let mut bytes = Vec::with_capacity(size.min(limit) as usize);
-            entry.read_to_end(&mut bytes).map_err(damaged)?;
+            entry.read_to_end(&mut bytes)?;
             Ok(bytes)
         };
-        let extension = extension.to_ascii_lowercase();
-        if is_image_extension(&extension) && sample.image.is_none() {
-            sample.image = Some(match emitter.check_size(size) {
+        let extension = String::from_utf8_lossy(extension).to_ascii_lowercase();
+        if is_image_extension(&extension) {
+            let image = match emitter.check_size(size) {
+                _ if is_link => Err("the image is a link inside of the tar".to_owned()),
+                _ if !sample.images.is_empty() => Err(format!("the key has another image before this .{extension}")),
                 Ok(()) => Ok(read(emitter.max_image_bytes)?),
                 Err(reason) => Err(reason),
-            });
-        } else if size <= MAX_SIDECAR_BYTES {
+            };
+            sample.images.push(image);
+        } else if size <= MAX_SIDECAR_BYTES && !is_link {
             match extension.as_str() {
                 "txt" => sample.text = Some(String::from_utf8_lossy(&read(MAX_SIDECAR_BYTES)?).into_owned()),
                 "json" => sample.json = Some(read(MAX_SIDECAR_BYTES)?),
@@ -67,7 +117,6 @@ pub(super) fn run(path: &Path, emitter: &mut Emitter<'_>) -> Result<()> {
         }
     }
     sample.send(path, emitter);
-    emitter.end();
     Ok(())
 }
 
@@ -79,22 +128,18 @@ pub(super) fn count_images(path: &Path) -> Option<u64> {
     }
     let mut archive = Archive::new(BufReader::new(file));
     let mut count = 0;
-    let mut last_key = String::new();
     for entry in archive.entries_with_seek().ok()? {
         let entry = entry.ok()?;
-        let member = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        let Some((key, extension)) = split_member(&member) else { continue };
-        if is_image_extension(extension) && last_key != key {
-            key.clone_into(&mut last_key);
-            count += 1;
-        }
+        let member = entry.path_bytes();
+        let Some((_, extension)) = split_member(&member) else { continue };
+        count += u64::from(is_image_extension(&String::from_utf8_lossy(extension)));
     }
     Some(count)
 }
 
-fn open(path: &Path) -> Result<Box<dyn Read>> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
-    let is_gzip = is_gzip(&mut file).map_err(Error::io("read", path))?;
+fn open(path: &Path) -> std::io::Result<Box<dyn Read>> {
+    let mut file = File::open(path)?;
+    let is_gzip = is_gzip(&mut file)?;
     let reader = BufReader::with_capacity(1 << 18, file);
     Ok(if is_gzip { Box::new(MultiGzDecoder::new(reader)) } else { Box::new(reader) })
 }
@@ -107,10 +152,11 @@ fn is_gzip(file: &mut File) -> std::io::Result<bool> {
     Ok(magic == [0x1f, 0x8b])
 }
 
-/// Key and extension of a member: split at the first dot of the file name, folders belonging to the key.
-fn split_member(member: &str) -> Option<(&str, &str)> {
-    let name_start = member.rfind('/').map_or(0, |slash| slash + 1);
-    let dot = name_start + member[name_start..].find('.')?;
+/// Key and extension of a member: split at the first dot of the file name, folders belonging to the key, `./` not.
+fn split_member(member: &[u8]) -> Option<(&[u8], &[u8])> {
+    let member = member.strip_prefix(b"./").unwrap_or(member);
+    let name_start = member.iter().rposition(|&byte| byte == b'/').map_or(0, |slash| slash + 1);
+    let dot = name_start + member[name_start..].iter().position(|&byte| byte == b'.')?;
     // A leading dot is a hidden file (`._x.jpg` of macOS), not a sample.
     (dot > name_start).then(|| (&member[..dot], &member[dot + 1..]))
 }
@@ -118,8 +164,9 @@ fn split_member(member: &str) -> Option<(&str, &str)> {
 /// The members of one key.
 #[derive(Default)]
 struct Sample {
-    key: String,
-    image: Option<Result<Vec<u8>, String>>,
+    key: Vec<u8>,
+    /// Its image, and failures for what claims to be another image of it.
+    images: Vec<Result<Vec<u8>, String>>,
     text: Option<String>,
     json: Option<Vec<u8>>,
 }
@@ -127,24 +174,79 @@ struct Sample {
 impl Sample {
     /// Sends the sample if it has an image.
     fn send(self, source: &Path, emitter: &mut Emitter<'_>) {
-        let Some(bytes) = self.image else { return };
-        let mut input = InputColumns { key: self.key, source: source.display().to_string(), ..InputColumns::default() };
-        let mut fields = match self.json.map(|json| serde_json::from_slice(&json)) {
-            Some(Ok(Value::Object(fields))) => fields,
-            _ => Map::new(),
-        };
+        if self.images.is_empty() {
+            return;
+        }
+        let key = String::from_utf8_lossy(&self.key).into_owned();
+        let mut input = InputColumns { key, source: source.display().to_string(), ..InputColumns::default() };
+        let mut fields = Map::new();
+        match self.json.as_deref().map(parse_sidecar) {
+            Some(Ok(parsed)) => fields = parsed,
+            // Unreadable, but not lost.
+            Some(Err(text)) => input.metadata = Some(text),
+            None => {}
+        }
         input.url = take_text(&mut fields, "url");
         input.sha256 = take_text(&mut fields, "sha256");
         input.uid = take_text(&mut fields, "uid");
-        let caption = take_text(&mut fields, "caption");
-        input.org_caption = self.text.or(caption);
+        input.org_caption = match self.text {
+            Some(text) => {
+                // A caption that differs from the `.txt` stays in the metadata.
+                if fields.get("caption").and_then(Value::as_str) == Some(&text) {
+                    fields.shift_remove("caption");
+                }
+                Some(text)
+            }
+            None => take_text(&mut fields, "caption"),
+        };
         // The key is a column of its own; repeating it in every row says nothing new.
         if fields.get("key").and_then(Value::as_str) == Some(&input.key) {
             fields.shift_remove("key");
         }
-        input.metadata = (!fields.is_empty()).then(|| Value::Object(fields).to_string());
-        emitter.push(input, bytes);
+        if !fields.is_empty() {
+            input.metadata = Some(Value::Object(fields).to_string());
+        }
+        for image in self.images {
+            emitter.push(input.clone(), image);
+        }
     }
+}
+
+/// A sidecar's object. Python writes NaN and infinities, which JSON has no word for: they become null. What is no object
+/// at all comes back as its text.
+fn parse_sidecar(json: &[u8]) -> Result<Map<String, Value>, String> {
+    let parse = |json: &[u8]| match serde_json::from_slice(json) {
+        Ok(Value::Object(fields)) => Some(fields),
+        _ => None,
+    };
+    parse(json).or_else(|| parse(&without_non_finite(json))).ok_or_else(|| String::from_utf8_lossy(json).into_owned())
+}
+
+/// `NaN`, `Infinity` and `-Infinity` outside of strings replaced by `null`.
+fn without_non_finite(json: &[u8]) -> Vec<u8> {
+    let mut clean = Vec::with_capacity(json.len());
+    let mut is_in_string = false;
+    let mut rest = json;
+    while let [byte, tail @ ..] = rest {
+        if is_in_string && *byte == b'\\' && !tail.is_empty() {
+            clean.extend(&rest[..2]);
+            rest = &tail[1..];
+            continue;
+        }
+        is_in_string ^= *byte == b'"';
+        let words: [&[u8]; 3] = [b"NaN", b"-Infinity", b"Infinity"];
+        match words.iter().find(|word| !is_in_string && rest.starts_with(word)) {
+            Some(word) => {
+                clean.extend(b"null");
+                rest = &rest[word.len()..];
+            }
+            None => {
+                clean.push(*byte);
+                rest = tail;
+            }
+        }
+    }
+    clean
 }
 
 /// Removes a text field; a field of another type stays in the metadata.
@@ -164,13 +266,26 @@ fn take_text(fields: &mut Map<String, Value>, name: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::split_member;
+    use super::*;
 
     #[test]
     fn a_key_ends_at_the_first_dot_of_the_file_name() {
-        assert_eq!(split_member("000000012.jpg"), Some(("000000012", "jpg")));
-        assert_eq!(split_member("a.b/c.seg.png"), Some(("a.b/c", "seg.png")));
-        assert_eq!(split_member("a.b/noextension"), None);
-        assert_eq!(split_member("a/._c.jpg"), None);
+        let split = |member: &'static str| {
+            let (key, extension) = split_member(member.as_bytes())?;
+            Some((std::str::from_utf8(key).unwrap(), std::str::from_utf8(extension).unwrap()))
+        };
+        assert_eq!(split("000000012.jpg"), Some(("000000012", "jpg")));
+        assert_eq!(split("./b.jpg"), Some(("b", "jpg")));
+        assert_eq!(split("a.b/c.seg.png"), Some(("a.b/c", "seg.png")));
+        assert_eq!(split("a.b/noextension"), None);
+        assert_eq!(split("a/._c.jpg"), None);
+    }
+
+    #[test]
+    fn numbers_that_json_has_no_word_for_become_null() {
+        let fields = parse_sidecar(br#"{"url": "a NaN \" Infinity", "score": NaN, "low": -Infinity}"#).unwrap();
+        assert_eq!(fields["url"], "a NaN \" Infinity");
+        assert!(fields["score"].is_null() && fields["low"].is_null());
+        assert_eq!(parse_sidecar(b"[1]"), Err("[1]".to_owned()));
     }
 }

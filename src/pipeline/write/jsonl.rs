@@ -9,24 +9,29 @@ use crate::pipeline::write::{Counts, WrittenRow, write_atomically};
 
 /// One row as a JSON object, without a newline.
 #[must_use]
-pub fn row_to_json(row: &WrittenRow) -> String {
-    serde_json::to_string(row).expect("bug: a row serialises")
+pub fn row_to_json(row: &WrittenRow, with_token_ids: bool) -> String {
+    let mut json = serde_json::to_value(row).expect("bug: a row serialises");
+    if with_token_ids {
+        json["token_ids"] = row.token_ids.clone().into();
+    }
+    json.to_string()
 }
 
-pub(super) fn write(path: &Path, rows: &[WrittenRow]) -> Result<()> {
+pub(super) fn write(path: &Path, rows: &[WrittenRow], with_token_ids: bool) -> Result<()> {
     write_atomically(path, |file| {
         let mut writer = BufWriter::new(file);
         for row in rows {
-            writeln!(writer, "{}", row_to_json(row)).map_err(Error::io("write", path))?;
+            writeln!(writer, "{}", row_to_json(row, with_token_ids)).map_err(Error::io("write", path))?;
         }
         writer.flush().map_err(Error::io("write", path))
     })
 }
 
-pub(super) fn print(rows: &[WrittenRow]) -> Result<()> {
+pub(super) fn print(rows: &[WrittenRow], with_token_ids: bool) -> Result<()> {
     let mut output = std::io::stdout().lock();
     for row in rows {
-        writeln!(output, "{}", row_to_json(row)).map_err(Error::io("write", Path::new("standard output")))?;
+        writeln!(output, "{}", row_to_json(row, with_token_ids))
+            .map_err(Error::io("write", Path::new("standard output")))?;
     }
     output.flush().map_err(Error::io("write", Path::new("standard output")))
 }

@@ -16,17 +16,17 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::error::{Error, Result};
-use crate::pipeline::write::{Counts, WrittenRow, write_atomically};
+use crate::pipeline::write::{FinishedShard, WrittenRow, write_atomically};
 
-/// Key of the counts in the file's metadata.
-const COUNTS_KEY: &str = "recaption.counts";
+/// Key of the shard's counts and identity in the file's metadata.
+const SHARD_KEY: &str = "recaption.shard";
 
-pub(super) fn write(path: &Path, rows: &[WrittenRow], counts: Counts, with_token_ids: bool) -> Result<()> {
+pub(super) fn write(path: &Path, rows: &[WrittenRow], shard: &FinishedShard, with_token_ids: bool) -> Result<()> {
     let batch = record_batch(rows, with_token_ids);
-    let counts = serde_json::to_string(&counts).expect("bug: counts serialise");
+    let shard = serde_json::to_string(shard).expect("bug: counts serialise");
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
-        .set_key_value_metadata(Some(vec![KeyValue::new(COUNTS_KEY.to_owned(), counts)]))
+        .set_key_value_metadata(Some(vec![KeyValue::new(SHARD_KEY.to_owned(), shard)]))
         .build();
     write_atomically(path, |file| {
         let written = ArrowWriter::try_new(file, batch.schema(), Some(properties)).and_then(|mut writer| {
@@ -37,17 +37,17 @@ pub(super) fn write(path: &Path, rows: &[WrittenRow], counts: Counts, with_token
     })
 }
 
-/// Counts of a finished file, from its metadata.
-pub(super) fn read_counts(path: &Path) -> Result<Counts> {
+/// What a finished file says of its shard, from its metadata.
+pub(super) fn read_finished(path: &Path) -> Result<FinishedShard> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let reader = SerializedFileReader::new(file).map_err(|source| disk_error("read", path, source))?;
     let metadata = reader.metadata().file_metadata();
-    let counts = metadata
+    let shard = metadata
         .key_value_metadata()
-        .and_then(|pairs| pairs.iter().find(|pair| pair.key == COUNTS_KEY))
+        .and_then(|pairs| pairs.iter().find(|pair| pair.key == SHARD_KEY))
         .and_then(|pair| serde_json::from_str(pair.value.as_deref()?).ok());
-    counts.ok_or_else(|| {
-        let reason = format!("it has no `{COUNTS_KEY}`: another program wrote it");
+    shard.ok_or_else(|| {
+        let reason = format!("it has no `{SHARD_KEY}`: another program wrote it");
         disk_error("read", path, ParquetError::General(reason))
     })
 }
