@@ -89,8 +89,14 @@ pub struct Failure {
 pub(crate) enum Message {
     /// A row, finished in any order.
     Row(Box<Row>),
-    /// The source has met all rows of a shard; `identity` tells its input from another of the same name.
-    ShardEnded { shard: Arc<Shard>, num_rows: usize, identity: String },
+    /// The source will send no more rows of a shard.
+    ShardEnded {
+        shard: Arc<Shard>,
+        num_rows: usize,
+        /// Tells the shard's input from another of the same name; none when the input could not be read to its end, so
+        /// that the shard must not be kept.
+        identity: Option<String>,
+    },
 }
 
 impl From<Row> for Message {

@@ -229,12 +229,14 @@ impl Emitter<'_> {
             self.is_cut_short = true;
             return;
         }
-        let _ = self.channels.rows.send(Message::ShardEnded { shard, num_rows: self.num_rows, identity });
+        let message = Message::ShardEnded { shard, num_rows: self.num_rows, identity: Some(identity) };
+        let _ = self.channels.rows.send(message);
     }
 
-    /// Leaves a shard that cannot be read to its end: its rows are not written.
+    /// Leaves a shard that cannot be read to its end: it is not kept.
     fn abandon(&mut self) {
-        self.shard = None;
+        let Some(shard) = self.shard.take() else { return };
+        let _ = self.channels.rows.send(Message::ShardEnded { shard, num_rows: self.num_rows, identity: None });
     }
 
     /// Reads a file, within the size limit.

@@ -155,32 +155,42 @@ pub(crate) struct WriteOptions {
 /// # Errors
 /// The disk's; everything committed before stays.
 pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &Progress) -> Result<(Counts, u64)> {
-    let mut shards: BTreeMap<usize, PendingShard> = BTreeMap::new();
-    let mut committed = Counts::default();
+    let mut writer =
+        Writer { options, shards: BTreeMap::new(), num_printed_shards: 0, committed: Counts::default(), num_lost: 0 };
     for message in rows {
         Stage::Write.enter();
         let index = match message {
             Message::Row(row) => {
-                let shard = Arc::clone(&row.draft.shard);
-                let index = row.draft.index;
+                let (shard, index) = (row.draft.shard.index, row.draft.index);
                 let row = detokenize(*row, options)?;
                 progress.add_row(row.status == "ok");
-                shards.entry(shard.index).or_default().rows.insert(index, row);
-                shard.index
+                writer.shards.entry(shard).or_default().rows.insert(index, row);
+                shard
             }
             Message::ShardEnded { shard, num_rows, identity } => {
                 let index = shard.index;
-                shards.entry(index).or_default().ended = Some(EndedShard { shard, num_rows, identity });
+                writer.shards.entry(index).or_default().ended = Some(EndedShard { shard, num_rows, identity });
                 index
             }
         };
         match &options.sink {
-            Sink::StandardOutput => print_ready(options, &mut shards, &mut committed)?,
-            Sink::Folder { .. } => commit_if_whole(options, &mut shards, index, &mut committed)?,
+            Sink::StandardOutput => writer.print_ready()?,
+            Sink::Folder { format, .. } => writer.commit_if_whole(index, *format)?,
         }
     }
-    let num_lost = shards.values().map(|shard| shard.rows.len() as u64).sum();
-    Ok((committed, num_lost))
+    let num_pending: usize = writer.shards.values().map(|shard| shard.rows.len()).sum();
+    Ok((writer.committed, writer.num_lost + num_pending as u64))
+}
+
+/// The shards that are being filled.
+struct Writer<'a> {
+    options: &'a WriteOptions,
+    shards: BTreeMap<usize, PendingShard>,
+    /// Shards that are out, on standard output.
+    num_printed_shards: usize,
+    committed: Counts,
+    /// Rows of shards that could not be kept.
+    num_lost: u64,
 }
 
 /// Rows that wait for the rest of their shard.
@@ -195,56 +205,54 @@ struct PendingShard {
 struct EndedShard {
     shard: Arc<Shard>,
     num_rows: usize,
-    identity: String,
+    identity: Option<String>,
 }
 
-fn commit_if_whole(
-    options: &WriteOptions,
-    shards: &mut BTreeMap<usize, PendingShard>,
-    index: usize,
-    committed: &mut Counts,
-) -> Result<()> {
-    let Some(PendingShard { rows, ended: Some(ended), .. }) = shards.get(&index) else { return Ok(()) };
-    if rows.len() < ended.num_rows {
-        return Ok(());
-    }
-    let Some(PendingShard { rows, ended: Some(ended), .. }) = shards.remove(&index) else { return Ok(()) };
-    let rows: Vec<WrittenRow> = rows.into_values().collect();
-    let counts = count(&rows, options);
-    let Sink::Folder { format, .. } = options.sink else { return Ok(()) };
-    let path = options.sink.path(&ended.shard.name).expect("bug: a folder has paths");
-    match format {
-        Format::Parquet => {
-            let finished = FinishedShard { counts, identity: Some(ended.identity) };
-            parquet::write(&path, &rows, &finished, options.with_token_ids)?;
+impl Writer<'_> {
+    /// Writes the file of a shard whose rows are all there.
+    fn commit_if_whole(&mut self, index: usize, format: Format) -> Result<()> {
+        let Some(PendingShard { rows, ended: Some(ended), .. }) = self.shards.get(&index) else { return Ok(()) };
+        if rows.len() < ended.num_rows {
+            return Ok(());
         }
-        Format::Jsonl => jsonl::write(&path, &rows, options.with_token_ids)?,
+        let Some(PendingShard { rows, ended: Some(ended), .. }) = self.shards.remove(&index) else { return Ok(()) };
+        if ended.identity.is_none() {
+            self.num_lost += rows.len() as u64;
+            return Ok(());
+        }
+        let rows: Vec<WrittenRow> = rows.into_values().collect();
+        let counts = count(&rows, self.options);
+        let path = self.options.sink.path(&ended.shard.name).expect("bug: a folder has paths");
+        match format {
+            Format::Parquet => {
+                let finished = FinishedShard { counts, identity: ended.identity };
+                parquet::write(&path, &rows, &finished, self.options.with_token_ids)?;
+            }
+            Format::Jsonl => jsonl::write(&path, &rows, self.options.with_token_ids)?,
+        }
+        self.committed.add(counts);
+        Ok(())
     }
-    committed.add(counts);
-    Ok(())
-}
 
-/// Prints the rows whose predecessors are all out.
-fn print_ready(
-    options: &WriteOptions,
-    shards: &mut BTreeMap<usize, PendingShard>,
-    committed: &mut Counts,
-) -> Result<()> {
-    while let Some(mut entry) = shards.first_entry() {
-        let pending = entry.get_mut();
-        let mut ready = Vec::new();
-        while let Some(row) = pending.rows.remove(&pending.num_printed) {
-            pending.num_printed += 1;
-            ready.push(row);
+    /// Prints the rows whose predecessors are all out, shard by shard.
+    fn print_ready(&mut self) -> Result<()> {
+        while let Some(pending) = self.shards.get_mut(&self.num_printed_shards) {
+            let mut ready = Vec::new();
+            while let Some(row) = pending.rows.remove(&pending.num_printed) {
+                pending.num_printed += 1;
+                ready.push(row);
+            }
+            let is_over = pending.ended.as_ref().is_some_and(|ended| pending.num_printed == ended.num_rows);
+            self.committed.add(count(&ready, self.options));
+            jsonl::print(&ready, self.options.with_token_ids)?;
+            if !is_over {
+                break;
+            }
+            self.shards.remove(&self.num_printed_shards);
+            self.num_printed_shards += 1;
         }
-        committed.add(count(&ready, options));
-        jsonl::print(&ready, options.with_token_ids)?;
-        match &pending.ended {
-            Some(ended) if pending.num_printed == ended.num_rows => entry.remove(),
-            _ => return Ok(()),
-        };
+        Ok(())
     }
-    Ok(())
 }
 
 fn detokenize(row: Row, options: &WriteOptions) -> Result<WrittenRow> {

@@ -80,6 +80,12 @@ fn a_damaged_tar_is_told_and_the_others_are_written() {
     let summary = read_json(&out.join("summary.json"));
     assert_eq!((&summary["rows"], summary["damaged_inputs"].as_array().unwrap().len()), (&4.into(), 2));
 
+    // On standard output the rows before the damage are out already; those of the next tar follow.
+    let printed = printed_rows(&run(&inputs, &["--engines", "2", "--slots", "1"]));
+    let sources: Vec<&str> = printed.iter().map(|row| row["source"].as_str().unwrap()).collect();
+    assert!(sources.is_sorted(), "{sources:?}");
+    assert_eq!(sources.iter().filter(|source| source.ends_with("0.tar") || source.ends_with("2.tar")).count(), 4);
+
     // Fetched again, the damaged shard is made and the others are not made twice.
     tar(&path("1.tar"), &[("a.png", &image("a")), ("b.png", &image("b"))]);
     let again = run(&inputs[..3], &["--out", out.to_str().unwrap()]);
