@@ -206,6 +206,7 @@ impl Manifest {
     /// When it is not there, does not parse, or is of another format version.
     pub fn read(bundle: &Path) -> Result<Self> {
         let path = bundle.join(FILE_NAME);
+        std::fs::metadata(bundle).map_err(Error::io("open bundle", bundle))?;
         if !path.is_file() {
             return Err(Error::NotABundle { path: bundle.to_owned() });
         }

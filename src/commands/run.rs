@@ -241,7 +241,8 @@ fn check_output(folder: &Path, settings: &Value, overwrite: bool) -> Result<()> 
 /// Makes the output folder, empties it if asked to, and notes the settings in it.
 fn prepare_output(folder: &Path, settings: &Value, overwrite: bool) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    if overwrite {
+    // Without settings the folder is not a run's: what lies in it is somebody else's.
+    if overwrite && folder.join(SETTINGS_FILE).is_file() {
         for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
             let path = entry.map_err(Error::io("read", folder))?.path();
             if is_ours(&path) {
@@ -290,6 +291,9 @@ fn describe(summary: &Summary, out: Option<&Path>) -> String {
         summary.images_per_second,
         counts.new_tokens
     )];
+    if summary.num_earlier_rows > 0 {
+        lines.push(format!("{} of the rows are of earlier runs, and were not done again", summary.num_earlier_rows));
+    }
     if let Some(out) = out {
         lines.push(format!("captions in `{}`", out.display()));
     }

@@ -93,6 +93,9 @@ pub struct Summary {
     pub run_seconds: f64,
     /// Rows of this run per second of `run_seconds`.
     pub images_per_second: f64,
+    /// Rows of earlier runs among them.
+    #[serde(skip)]
+    pub num_earlier_rows: u64,
     /// Inputs that could not be read to their end, or hold no image, and why; their shards are not written.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damaged_inputs: Vec<String>,
@@ -147,10 +150,19 @@ impl LoadedRun {
             load_seconds,
             run_seconds,
             images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
-            damaged_inputs: report.damaged.iter().map(ToString::to_string).collect(),
+            num_earlier_rows: finished.values().map(|shard| shard.counts.rows).sum(),
+            damaged_inputs: report.damaged.iter().map(describe_damage).collect(),
             is_interrupted: report.is_cut_short,
             num_discarded,
         })
+    }
+}
+
+/// The error with its hint, in one line.
+fn describe_damage(error: &Error) -> String {
+    match error.hint() {
+        Some(hint) => format!("{error}; {hint}"),
+        None => error.to_string(),
     }
 }
 

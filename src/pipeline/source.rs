@@ -1,7 +1,8 @@
 //! Source: inputs to [`ImageRecord`]s, in input order, with what the input says about each image.
 //!
 //! Cuts the inputs into shards, skips those that are written already, and tells the write stage how many rows each
-//! shard has. An image that cannot be read is a failed row; an input that cannot be read on ends the run.
+//! shard has. An image that cannot be read is a failed row; an input that cannot be read on is
+//! reported, and the others go on.
 
 mod folder;
 mod tar;
@@ -316,7 +317,7 @@ fn other_input(input: &str, shard: &str) -> Error {
     Error::Input {
         input: input.to_owned(),
         reason: format!("the output has shard `{shard}` of other images"),
-        hint: "images were added, removed or exchanged since; choose another --out, or start anew with --overwrite",
+        hint: "images were added, removed or reordered since; choose another --out, or start anew with --overwrite",
     }
 }
 

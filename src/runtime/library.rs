@@ -91,7 +91,11 @@ fn read_version(path: &Path) -> Result<String> {
         if path.is_absolute() || path.is_file() {
             refusal(format!("`{}` does not load: {reason}", path.display()))
         } else {
-            refusal("the ONNX Runtime library is not there".to_owned())
+            let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join(FOLDER);
+            refusal(format!(
+                "the ONNX Runtime library is not in `{FOLDER}` above the executable, in `{}`, or on the system's library path",
+                checkout.display()
+            ))
         }
     })?;
     // SAFETY: the symbol has this signature in every version of onnxruntime_c_api.h.
