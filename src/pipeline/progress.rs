@@ -99,8 +99,8 @@ impl Progress {
 
     fn show_bar(&self) {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        let spinner = ProgressStyle::with_template("{spinner} {msg}").expect("bug: valid template");
-        let with_bar = ProgressStyle::with_template("{bar:30} {msg}").expect("bug: valid template");
+        let spinner = ProgressStyle::with_template("{spinner} {wide_msg}").expect("bug: valid template");
+        let with_bar = ProgressStyle::with_template("{bar:16} {wide_msg}").expect("bug: valid template");
         bar.set_style(spinner);
         while !self.is_over.load(Ordering::Acquire) {
             let total = self.total.load(Ordering::Relaxed);
