@@ -14,7 +14,7 @@ pub enum ProviderChoice {
     Auto,
     /// The CPU.
     Cpu,
-    /// CUDA for every graph.
+    /// CUDA for vision tower and projector, and for the decoder where CUDA has attention in its precision.
     Cuda,
     /// TensorRT for vision tower and projector; the decoder as with `Cuda`, since TensorRT does not take its operators.
     TensorRt,
