@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::StoredTensor;
 use crate::error::{Error, Result};
 use crate::manifest::{BundleFile, GraphFile, TensorSpec};
 use crate::proto::{
@@ -20,6 +19,7 @@ use crate::proto::{
     OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto,
     ValueInfoProto,
 };
+use crate::tensor::StoredTensor;
 
 /// ONNX IR version that goes with [`OPSET`].
 const IR_VERSION: i64 = 11;

@@ -16,6 +16,7 @@ mod processor_config;
 mod projector;
 pub mod proto;
 mod rope;
+mod tensor;
 mod tokenizer_files;
 mod vision_tower;
 

@@ -2,9 +2,10 @@
 //! `[out, in]` layout, so its bytes stream from the checkpoint unchanged and fused layers are plain concatenations.
 //! ONNX Runtime prepacks it as it would a `MatMul`; both ran at the same speed for 1 to 640 rows.
 
-use crate::checkpoint::{Checkpoint, Part, StoredTensor};
+use crate::checkpoint::{Checkpoint, Part};
 use crate::error::Result;
 use crate::graph::{Attribute, GraphBuilder, Value, WeightPart};
+use crate::tensor::StoredTensor;
 
 /// A linear layer of the checkpoint: `{name}.weight` `[out_features, in_features]` and, if any, `{name}.bias`.
 pub(crate) struct Linear<'c> {
