@@ -2,19 +2,28 @@
 
 use std::time::Instant;
 
-use recaption_export::{ExportOptions, Manifest, Precision, Target};
+use recaption_export::{ExportOptions, Manifest, Precision, Rounding, Target};
 
-use crate::cli::{ExportArgs, PrecisionArg, TargetArg};
+use crate::cli::{ActivationsArg, ExportArgs, RoundingArg, TargetArg};
 use crate::commands::Outcome;
 use crate::error::Error;
 
 pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     let options = ExportOptions {
-        precision: match args.precision {
-            PrecisionArg::Fp32 => Precision::Fp32,
+        precision: args.precision.into(),
+        vision_precision: args.vision_precision.map(Precision::from),
+        activations: args.activations.map(|activations| match activations {
+            ActivationsArg::Fp32 => Precision::Fp32,
+            ActivationsArg::Fp16 => Precision::Fp16,
+        }),
+        rounding: match args.rounding {
+            RoundingArg::Nearest => Rounding::Nearest,
+            RoundingArg::Search => Rounding::Search,
         },
+        reduce_range: args.reduce_range,
         target: match args.target {
             TargetArg::Ort => Target::Ort,
+            TargetArg::Tensorrt => Target::TensorRt,
         },
         tokenizer: args.tokenizer.clone(),
         overwrite: args.overwrite,
@@ -30,6 +39,14 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     };
     if manifest.stop_token_ids.is_empty() {
         eprintln!("warning: the checkpoint names no stop token: every caption will have --max-new-tokens tokens");
+    }
+    for saturation in &manifest.saturated_weights {
+        eprintln!(
+            "warning: {} value(s) of `{}` do not fit fp16 (largest {:e}) and were set to its end; try --precision bf16",
+            saturation.count,
+            saturation.tensors.join("`, `"),
+            saturation.largest
+        );
     }
     eprintln!(
         "exported `{}` to `{}` in {:.1} s\n{}",
