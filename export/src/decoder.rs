@@ -220,6 +220,10 @@ impl<'c, 'v> Decoder<'c, 'v> {
         };
         let query = find("q_proj", num_heads, true)?;
         let key = find("k_proj", num_kv_heads, true)?;
+        let value_output = value_output.as_deref().map(|factors| {
+            let padding = || std::iter::repeat_n(1.0, padded_head_dim - head_dim);
+            factors.chunks(head_dim).flat_map(|head| head.iter().copied().chain(padding())).collect::<Vec<f32>>()
+        });
         let value = find("v_proj", num_kv_heads, false)?.with_divided_output(value_output.as_deref());
         let packed = query.then(key, String::new()).then(value, format!("/{prefix}.qkv_proj"));
         let normed = self.input(&format!("{prefix}.qkv_proj"), normed);

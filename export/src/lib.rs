@@ -7,6 +7,7 @@
 mod activation;
 mod attention;
 mod blocks;
+mod calibrate;
 mod checkpoint;
 mod config;
 mod data_file;
@@ -31,7 +32,7 @@ mod weight;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest, Sha256};
 
@@ -46,8 +47,10 @@ pub use crate::processor_config::{Filter, Geometry, Preprocessing, ProcessorConf
 pub use crate::quantize::Rounding;
 pub use crate::vision_tower::PATCH_ZERO_POINT;
 
+pub use crate::calibrate::Calibration;
+use crate::calibrate::Windows;
 use crate::checkpoint::Checkpoint;
-use crate::config::LlavaConfig;
+use crate::config::{DecoderConfig, LlavaConfig};
 use crate::graph::write_hashed;
 use crate::migration::Migration;
 use crate::precision::{LinearFormat, PrecisionOptions};
@@ -67,6 +70,8 @@ pub struct ExportOptions {
     pub activations: Option<Precision>,
     /// How 4-bit weights are rounded.
     pub rounding: Rounding,
+    /// What int8 export learns the range of activations from.
+    pub calibration: Calibration,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI.
     pub reduce_range: bool,
     /// Operators to build the graphs from.
@@ -86,6 +91,7 @@ impl Default for ExportOptions {
             vision_precision: None,
             activations: None,
             rounding: Rounding::default(),
+            calibration: Calibration::default(),
             reduce_range: false,
             target: Target::Ort,
             tokenizer: None,
@@ -119,7 +125,10 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     let preprocessing = processor_config::read(&checkpoint, config.vision.image_size)?;
     let vision_tower = vision_tower::build(&checkpoint, &config.vision, &preprocessing, vision_format)?;
     let projector = projector::build(&checkpoint, &config, vision_format, decoder_format.float)?;
-    let migration = Migration::default();
+    let migration = match decoder_format.linear {
+        LinearFormat::Int8 { .. } => migration(&checkpoint, &config.decoder, options)?,
+        LinearFormat::Float | LinearFormat::Blocks(_) => Migration::default(),
+    };
     let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &migration)?;
     checkpoint.refuse_unused(config.vision.num_layers()..config.vision.num_stored_layers)?;
 
@@ -188,6 +197,21 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     write_hashed(&staged, manifest::FILE_NAME, &json)?;
     output.commit(staging)?;
     Ok(manifest)
+}
+
+/// What the decoder's activations are like, and the factors that follow from it.
+fn migration(checkpoint: &Checkpoint, config: &DecoderConfig, options: &ExportOptions) -> Result<Migration> {
+    let windows = match &options.calibration {
+        Calibration::None => return Ok(Migration::default()),
+        Calibration::Random => Windows::random(config),
+        Calibration::Tokens(token_ids) => Windows::of_tokens(token_ids, config),
+    };
+    let check = || match options.cancel.load(Ordering::Relaxed) {
+        true => Err(Error::Cancelled),
+        false => Ok(()),
+    };
+    let stats = calibrate::run(checkpoint, config, &windows, &check)?;
+    Ok(Migration::of_stats(&stats, config))
 }
 
 /// Over everything that decides a caption: the files by their hashes, and the settings beside them; not the folder's name.

@@ -1,12 +1,14 @@
 //! `recaption export`.
 
+use std::path::Path;
 use std::time::Instant;
 
-use recaption_export::{ExportOptions, Manifest, Precision, Rounding, Target};
+use recaption_export::{Calibration, ExportOptions, Manifest, Precision, Rounding, Target};
 
 use crate::cli::{ActivationsArg, ExportArgs, RoundingArg, TargetArg};
 use crate::commands::Outcome;
 use crate::error::Error;
+use crate::model::Tokenizer;
 
 pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     let options = ExportOptions {
@@ -20,6 +22,7 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
             RoundingArg::Nearest => Rounding::Nearest,
             RoundingArg::Search => Rounding::Search,
         },
+        calibration: calibration(args)?,
         reduce_range: args.reduce_range,
         target: match args.target {
             TargetArg::Ort => Target::Ort,
@@ -56,6 +59,21 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         describe(&manifest)
     );
     Ok(Outcome::Success)
+}
+
+fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
+    let path = match args.calibration.as_str() {
+        "random" => return Ok(Calibration::Random),
+        "none" => return Ok(Calibration::None),
+        path => Path::new(path),
+    };
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let tokenizer = match &args.tokenizer {
+        Some(path) if path.is_dir() => path.join("tokenizer.json"),
+        Some(path) => path.clone(),
+        None => args.checkpoint.join("tokenizer.json"),
+    };
+    Ok(Calibration::Tokens(Tokenizer::open(&tokenizer)?.encode(&text)?))
 }
 
 fn describe(manifest: &Manifest) -> String {
