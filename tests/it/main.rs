@@ -6,10 +6,12 @@
 mod bad_inputs;
 mod command_line;
 mod demo;
+mod golden;
 mod independence;
 mod library;
 mod load;
 mod parity;
+mod precisions;
 mod preprocessing;
 mod shards;
 mod shutdown;
