@@ -11,19 +11,25 @@ const MIDDLE_OF_8_BITS: f32 = 128.0;
 const MAX_4_BITS: f32 = 15.0;
 
 /// Encodes whole rows.
-pub(crate) fn encode(format: BlockFormat, rows: &[f32], row_size: usize, encoded: &mut Encoded) {
+pub(crate) fn encode(
+    format: BlockFormat,
+    rows: &[f32],
+    row_size: usize,
+    importance: Option<&[f32]>,
+    encoded: &mut Encoded,
+) {
     let mut padded = vec![0.0; format.block_size];
-    let ones = vec![1.0; format.block_size];
+    let importance = padded_blocks(importance, row_size, format.block_size);
     let mut scales = Vec::new();
     for row in rows.chunks_exact(row_size) {
         let mut zero_points = Vec::new();
-        for block in row.chunks(format.block_size) {
+        for (block, importance) in row.chunks(format.block_size).zip(importance.chunks_exact(format.block_size)) {
             padded.fill(0.0);
             padded[..block.len()].copy_from_slice(block);
             match format.bits {
                 8 => scales.push(encode_8_bits(&padded, &mut encoded.data)),
                 _ => {
-                    let grid = Grid::of(format.rounding, &padded, &ones);
+                    let grid = Grid::of(format.rounding, &padded, importance);
                     grid.pack(&padded, &mut encoded.data);
                     scales.push(grid.scale);
                     zero_points.push(grid.zero_point as u8);
@@ -36,6 +42,20 @@ pub(crate) fn encode(format: BlockFormat, rows: &[f32], row_size: usize, encoded
         DataType::F16 => extend_with_f16(&mut encoded.scales, &scales),
         _ => encoded.scales.extend(scales.iter().flat_map(|scale| scale.to_le_bytes())),
     }
+}
+
+/// A row's importance in whole blocks: even where none is given, none behind the row's end. Each block's is brought to a mean of
+/// 1, so that no sum leaves f32's range.
+fn padded_blocks(importance: Option<&[f32]>, row_size: usize, block_size: usize) -> Vec<f32> {
+    let mut padded = importance.map_or_else(|| vec![1.0; row_size], <[f32]>::to_vec);
+    padded.resize(row_size.next_multiple_of(block_size), 0.0);
+    for block in padded.chunks_exact_mut(block_size) {
+        let mean = block.iter().sum::<f32>() / block_size as f32;
+        if mean > 0.0 {
+            block.iter_mut().for_each(|value| *value /= mean);
+        }
+    }
+    padded
 }
 
 /// Symmetric around 128; returns the scale.

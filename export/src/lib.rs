@@ -8,6 +8,7 @@ mod activation;
 mod attention;
 mod blocks;
 mod calibrate;
+mod channels;
 mod checkpoint;
 mod config;
 mod data_file;
@@ -17,7 +18,6 @@ mod graph;
 mod linear;
 mod lint;
 mod manifest;
-mod migration;
 mod norm;
 mod precision;
 mod processor_config;
@@ -49,10 +49,10 @@ pub use crate::vision_tower::PATCH_ZERO_POINT;
 
 pub use crate::calibrate::Calibration;
 use crate::calibrate::Windows;
+use crate::channels::DecoderChannels;
 use crate::checkpoint::Checkpoint;
 use crate::config::{DecoderConfig, LlavaConfig};
 use crate::graph::write_hashed;
-use crate::migration::Migration;
 use crate::precision::{LinearFormat, PrecisionOptions};
 use crate::tokenizer_files::TokenizerFiles;
 
@@ -70,7 +70,7 @@ pub struct ExportOptions {
     pub activations: Option<Precision>,
     /// How 4-bit weights are rounded.
     pub rounding: Rounding,
-    /// What int8 export learns the range of activations from.
+    /// What int8 and int4 export learn the activations' channels from.
     pub calibration: Calibration,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI.
     pub reduce_range: bool,
@@ -125,11 +125,8 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     let preprocessing = processor_config::read(&checkpoint, config.vision.image_size)?;
     let vision_tower = vision_tower::build(&checkpoint, &config.vision, &preprocessing, vision_format)?;
     let projector = projector::build(&checkpoint, &config, vision_format, decoder_format.float)?;
-    let migration = match decoder_format.linear {
-        LinearFormat::Int8 { .. } => migration(&checkpoint, &config.decoder, options)?,
-        LinearFormat::Float | LinearFormat::Blocks(_) => Migration::default(),
-    };
-    let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &migration)?;
+    let channels = decoder_channels(&checkpoint, &config.decoder, options, decoder_format.linear)?;
+    let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &channels)?;
     checkpoint.refuse_unused(config.vision.num_layers()..config.vision.num_stored_layers)?;
 
     let staging = output.stage()?;
@@ -199,10 +196,21 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     Ok(manifest)
 }
 
-/// What the decoder's activations are like, and the factors that follow from it.
-fn migration(checkpoint: &Checkpoint, config: &DecoderConfig, options: &ExportOptions) -> Result<Migration> {
+/// What the decoder's activations are like, where the format has a use for it.
+fn decoder_channels(
+    checkpoint: &Checkpoint,
+    config: &DecoderConfig,
+    options: &ExportOptions,
+    format: LinearFormat,
+) -> Result<DecoderChannels> {
+    let has_use = match format {
+        LinearFormat::Float => false,
+        LinearFormat::Int8 { .. } => true,
+        LinearFormat::Blocks(blocks) => blocks.bits < 8 && blocks.rounding == Rounding::Search,
+    };
     let windows = match &options.calibration {
-        Calibration::None => return Ok(Migration::default()),
+        _ if !has_use => return Ok(DecoderChannels::default()),
+        Calibration::None => return Ok(DecoderChannels::default()),
         Calibration::Random => Windows::random(config),
         Calibration::Tokens(token_ids) => Windows::of_tokens(token_ids, config),
     };
@@ -211,7 +219,7 @@ fn migration(checkpoint: &Checkpoint, config: &DecoderConfig, options: &ExportOp
         false => Ok(()),
     };
     let stats = calibrate::run(checkpoint, config, &windows, &check)?;
-    Ok(Migration::of_stats(&stats))
+    Ok(DecoderChannels::of_stats(&stats, format))
 }
 
 /// Over everything that decides a caption: the files by their hashes, and the settings beside them; not the folder's name.

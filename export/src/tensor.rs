@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 /// Elements converted at a time: 1 MiB of f32, which stays in a core's cache between one step and the next.
 const BLOCK_ELEMENTS: usize = 1 << 18;
 
+/// Pages of the file that stay mapped at most: those that are read count as the process's memory.
+const RELEASE_BYTES: usize = 64 << 20;
+
 /// A tensor in a mapped shard, or some of its rows.
 #[derive(Clone)]
 pub(crate) struct StoredTensor<'a> {
@@ -65,13 +68,19 @@ impl StoredTensor<'_> {
         let block_bytes = (rows_per_block * self.row_size() * self.element_bytes()).max(1);
         let mut num_non_finite = 0;
         let mut values = Vec::new();
-        for block in bytes.chunks(block_bytes) {
+        let mut released = self.start;
+        for (index, block) in bytes.chunks(block_bytes).enumerate() {
             values.resize(block.len() / self.element_bytes(), 0.0);
             self.widen(block, &mut values);
             num_non_finite += values.iter().filter(|value| !value.is_finite()).count();
             sink(&mut values)?;
+            let done = self.start + index * block_bytes + block.len();
+            if done - released >= RELEASE_BYTES {
+                self.release_pages(released, done)?;
+                released = done;
+            }
         }
-        self.release_pages()?;
+        self.release_pages(self.start, self.end)?;
         if num_non_finite > 0 {
             return Err(Error::NonFiniteWeight { name: self.name.clone(), count: num_non_finite });
         }
@@ -95,16 +104,16 @@ impl StoredTensor<'_> {
     }
 
     #[cfg(unix)]
-    fn release_pages(&self) -> Result<()> {
+    fn release_pages(&self, start: usize, end: usize) -> Result<()> {
         let advice = memmap2::UncheckedAdvice::DontNeed;
         // SAFETY: the mapping is read-only and backed by the file, so dropping its pages loses nothing: a later
         // access reads them again.
-        let released = unsafe { self.shard.map.unchecked_advise_range(advice, self.start, self.end - self.start) };
+        let released = unsafe { self.shard.map.unchecked_advise_range(advice, start, end - start) };
         released.map_err(Error::io("release", &self.shard.path))
     }
 
     #[cfg(not(unix))]
-    fn release_pages(&self) -> Result<()> {
+    fn release_pages(&self, _start: usize, _end: usize) -> Result<()> {
         Ok(())
     }
 
