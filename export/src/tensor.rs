@@ -4,11 +4,11 @@
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use crate::checkpoint::Shard;
+use crate::checkpoint::{LowRank, Shard};
 use crate::error::{Error, Result};
 
 /// Elements converted at a time: 4 MiB of f32.
-const BLOCK_ELEMENTS: usize = 1 << 20;
+pub(crate) const BLOCK_ELEMENTS: usize = 1 << 20;
 
 /// A tensor in a mapped shard, or some of its rows.
 #[derive(Clone)]
@@ -20,6 +20,8 @@ pub(crate) struct StoredTensor<'a> {
     pub(crate) start: usize,
     pub(crate) end: usize,
     pub(crate) shard: &'a Shard,
+    /// What a LoRA adapter adds.
+    pub(crate) update: Option<Box<LowRank<'a>>>,
 }
 
 impl StoredTensor<'_> {
@@ -42,11 +44,15 @@ impl StoredTensor<'_> {
         part.shape[0] = count;
         part.start = self.start + first * row_bytes;
         part.end = part.start + count * row_bytes;
+        part.update = self.update.as_ref().map(|update| Box::new(update.rows(first)));
         part
     }
 
     /// Hands the values to `sink` as little-endian f32 bytes, block by block, then releases the file's pages.
     pub(crate) fn stream_f32(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        if let Some(update) = &self.update {
+            return update.stream(&Self { update: None, ..self.clone() }, sink);
+        }
         let bytes = &self.shard.map[self.start..self.end];
         let mut num_non_finite = 0;
         let mut converted = Vec::new();

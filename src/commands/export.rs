@@ -16,6 +16,8 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         target: match args.target {
             TargetArg::Ort => Target::Ort,
         },
+        vision_tower: args.vision_tower.clone(),
+        lora: args.lora.clone(),
         tokenizer: args.tokenizer.clone(),
         overwrite: args.overwrite,
         cancel: super::interrupt_flag(),

@@ -1,0 +1,101 @@
+//! A weight with a LoRA update: `W + scale * B A`, computed in f32 as `W` streams by, some rows at a time.
+
+use crate::error::{Error, Result};
+use crate::tensor::{BLOCK_ELEMENTS, StoredTensor};
+
+/// The update of one weight `[rows, columns]`.
+#[derive(Clone)]
+pub(crate) struct LowRank<'a> {
+    /// `lora_A` `[rank, columns]`, or `lora_embedding_B` `[columns, rank]`.
+    pub(super) right: StoredTensor<'a>,
+    /// `lora_B` `[rows, rank]`, or `lora_embedding_A` `[rank, rows]`.
+    pub(super) left: StoredTensor<'a>,
+    /// Whether both lie transposed, as embeddings' do.
+    pub(super) is_transposed: bool,
+    pub(super) scale: f32,
+    /// Row of the update that goes with the first row of the weight.
+    pub(super) first_row: usize,
+}
+
+impl LowRank<'_> {
+    /// For the rows of the weight from `first` on.
+    pub(crate) fn rows(&self, first: usize) -> Self {
+        Self { first_row: self.first_row + first, ..self.clone() }
+    }
+
+    /// Hands `base` with the update to `sink`, as [`StoredTensor::stream_f32`] does. Only the two factors and a block of
+    /// rows are held.
+    pub(crate) fn stream(&self, base: &StoredTensor<'_>, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let [num_rows, num_columns] = *base.shape() else { unreachable!("checked when the adapter was opened") };
+        let (left, right) = self.factors(num_rows)?;
+        let rank = left.len() / num_rows;
+        let block_rows = (BLOCK_ELEMENTS / num_columns).max(1);
+        let mut bytes = Vec::new();
+        for first in (0..num_rows).step_by(block_rows) {
+            let count = block_rows.min(num_rows - first);
+            let mut values = base.rows(first, count).read_f32()?;
+            add_product(&mut values, &left[first * rank..][..count * rank], &right, num_columns, self.scale);
+            let num_non_finite = values.iter().filter(|value| !value.is_finite()).count();
+            if num_non_finite > 0 {
+                return Err(Error::NonFiniteWeight { name: base.name.clone(), count: num_non_finite });
+            }
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            sink(&bytes)?;
+        }
+        Ok(())
+    }
+
+    /// `left [num_rows, rank]` and `right [rank, columns]`.
+    fn factors(&self, num_rows: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        if !self.is_transposed {
+            return Ok((self.left.rows(self.first_row, num_rows).read_f32()?, self.right.read_f32()?));
+        }
+        let left = transposed(&self.left.read_f32()?, self.left.shape()[1]);
+        let rank = self.left.shape()[0];
+        let right = transposed(&self.right.read_f32()?, rank);
+        Ok((left[self.first_row * rank..][..num_rows * rank].to_vec(), right))
+    }
+}
+
+/// `[rows, columns]` to `[columns, rows]`.
+fn transposed(values: &[f32], num_columns: usize) -> Vec<f32> {
+    (0..num_columns).flat_map(|column| values.iter().skip(column).step_by(num_columns).copied()).collect()
+}
+
+/// `values [rows, columns] += scale * left [rows, rank] right [rank, columns]`, over all cores.
+fn add_product(values: &mut [f32], left: &[f32], right: &[f32], num_columns: usize, scale: f32) {
+    let rank = right.len() / num_columns;
+    let num_rows = values.len() / num_columns;
+    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = num_rows.div_ceil(num_threads);
+    std::thread::scope(|scope| {
+        for (values, left) in values.chunks_mut(share * num_columns).zip(left.chunks(share * rank)) {
+            scope.spawn(move || {
+                let mut update = vec![0.0; num_columns];
+                for (row, factors) in values.chunks_mut(num_columns).zip(left.chunks(rank)) {
+                    update.fill(0.0);
+                    for (factor, right) in factors.iter().zip(right.chunks(num_columns)) {
+                        update.iter_mut().zip(right).for_each(|(sum, value)| *sum += factor * value);
+                    }
+                    row.iter_mut().zip(&update).for_each(|(value, update)| *value += scale * update);
+                }
+            });
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_are_added_row_by_row() {
+        let (left, right) = ([1.0, 2.0, -1.0, 0.5, 0.0, 3.0], [1.0, 10.0, 100.0, 2.0, 20.0, 200.0]);
+        let mut values = [1.0; 9];
+        add_product(&mut values, &left, &right, 3, 2.0);
+        let expected = [11.0, 101.0, 1001.0, 1.0, 1.0, 1.0, 13.0, 121.0, 1201.0];
+        assert_eq!(values, expected);
+        assert_eq!(transposed(&right, 3), [1.0, 2.0, 10.0, 20.0, 100.0, 200.0]);
+    }
+}
