@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::torch_file::TorchFileError;
+
 /// Why an export stopped. `Display` is one line; [`Error::hint`] says what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -65,6 +67,14 @@ pub enum Error {
         path: PathBuf,
         /// What the parser said.
         reason: String,
+    },
+    /// A file of `torch.save` is damaged, or holds more than tensors.
+    #[error("{reason}")]
+    InvalidTorchFile {
+        /// What is wrong with which file.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
     },
     /// A tensor that the configuration calls for is not there.
     #[error("checkpoint has no tensor `{name}`")]
@@ -142,7 +152,9 @@ impl Error {
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::MissingFile { hint, .. } | Self::OutputExists { hint, .. } => Some((*hint).to_owned()),
+            Self::MissingFile { hint, .. } | Self::OutputExists { hint, .. } | Self::InvalidTorchFile { hint, .. } => {
+                Some((*hint).to_owned())
+            }
             Self::MissingVisionTower { tower, .. } => {
                 Some(format!("fetch `{tower}` and give its folder with --vision-tower DIR"))
             }
@@ -173,6 +185,10 @@ impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
+    }
+
+    pub(crate) fn torch_file(error: TorchFileError) -> Self {
+        Self::InvalidTorchFile { reason: error.to_string(), hint: error.hint() }
     }
 
     pub(crate) fn unsupported(what: &str, found: impl ToString, hint: &str) -> Self {

@@ -18,6 +18,7 @@ pub mod proto;
 mod rope;
 mod tensor;
 mod tokenizer_files;
+mod torch_file;
 mod vision_tower;
 
 use std::path::{Path, PathBuf};

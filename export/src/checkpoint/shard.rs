@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::parse_json;
 use crate::error::{Error, Result};
+use crate::torch_file::{self, TorchTensor};
 
 /// A mapped file of weights.
 pub(crate) struct Shard {
@@ -35,7 +36,8 @@ impl Shard {
         // SAFETY: the mapping is read-only; the checkpoint is not expected to change while it is exported, and both
         // readers check the header against the file's length.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let entries = safetensors_entries(&map, path)?;
+        let is_torch = path.extension().is_some_and(|extension| extension == "bin");
+        let entries = if is_torch { torch_entries(&map, path) } else { safetensors_entries(&map, path) }?;
         Ok((Self { path: path.to_owned(), map }, entries))
     }
 }
@@ -52,6 +54,12 @@ fn safetensors_entries(file: &[u8], path: &Path) -> Result<Vec<Entry>> {
         end: data_start + info.data_offsets.1,
     };
     Ok(metadata.tensors().into_iter().map(entry).collect())
+}
+
+fn torch_entries(file: &[u8], path: &Path) -> Result<Vec<Entry>> {
+    let entry =
+        |TorchTensor { name, dtype, shape, range }| Entry { name, dtype, shape, start: range.start, end: range.end };
+    Ok(torch_file::read(file, path).map_err(Error::torch_file)?.into_iter().map(entry).collect())
 }
 
 /// The files that hold the weights of the model in `folder`, safetensors before torch's own: those that an index names,
