@@ -6,6 +6,7 @@ peft). `make_checkpoints.py` says what goes into each checkpoint.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,17 @@ def attach(adapter: Adapter, model: LlavaForConditionalGeneration, seed: int) ->
     return adapted.eval()
 
 
+def without_each(
+    adapter: Adapter, model: LlavaForConditionalGeneration, seed: int
+) -> Iterator[tuple[str, LlavaForConditionalGeneration]]:
+    """The merged model without one of the adapter's updates, for each of them, with the update's name."""
+    names = [name for name, _ in attach(adapter, model, seed).named_parameters()]
+    for chosen in (name for name in names if "lora_B" in name or "lora_embedding_B" in name):
+        adapted = attach(adapter, model, seed)
+        dict(adapted.named_parameters())[chosen].zero_()
+        yield chosen, merged(adapted, model)
+
+
 def merged(adapted: PeftModel, model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """The LLaVA with the adapter merged by peft."""
     result = LlavaForConditionalGeneration(model.config).eval()
@@ -202,6 +214,9 @@ def write_adapter(adapter: Adapter, adapted: PeftModel, folder: Path) -> None:
             module.to(adapter.dtype)
     adapted.save_pretrained(folder, safe_serialization=not adapter.language_only)
     (folder / "README.md").unlink(missing_ok=True)
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["target_modules"].sort()  # peft holds them as a set
+    write_json(folder / "adapter_config.json", settings)
     if adapter.language_only:
         file = folder / "adapter_model.bin"
         torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)

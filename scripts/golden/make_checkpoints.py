@@ -202,6 +202,8 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 16,
 }
 
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 SPECS = [
     # The commonest published layout: 4.x names, GQA.
     Spec(
@@ -369,8 +371,8 @@ SPECS = [
         want_stop=True,
         prompt="What is in the photograph?\nAnswer “briefly” – 謝謝 🙂",
     ),
-    # The original layout with its tower inside, as the paper's checkpoint: decoder f16, tower f32, no tokenizer.
-    # Nothing says how many heads the tower has.
+    # The original layout with its tower inside, as the paper's checkpoint: decoder f16, tower f32, no
+    # tokenizer. Nothing says how many heads the tower has.
     Spec(
         name="original-embedded",
         naming="original",
@@ -428,10 +430,7 @@ SPECS = [
                 "r": 4,
                 "lora_alpha": 6,
                 "use_rslora": True,
-                "target_modules": [
-                    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-                    *("out_proj", "fc1", "linear_1", "embed_tokens"),
-                ],
+                "target_modules": [*LINEAR_LAYERS, "out_proj", "fc1", "linear_1", "embed_tokens"],
                 "rank_pattern": {"mlp.down_proj": 2, "embed_tokens": 3},
                 "alpha_pattern": {"^model.language_model.layers.1.self_attn.v_proj": 16, "linear_1": 3},
                 "modules_to_save": ["lm_head"],
@@ -447,12 +446,12 @@ SPECS = [
         dtype="f16",
         weights="bin",
         tower="clip-vision",
-        original={"model_type": "llava", "architectures": ["LlamaForCausalLM"], "image_aspect_ratio": "absent"},
+        original={"model_type": "llava", "image_aspect_ratio": "absent"},
         adapter=layouts.Adapter(
             {
                 "r": 3,
                 "lora_alpha": 12,
-                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+                "target_modules": LINEAR_LAYERS,
                 "task_type": "CAUSAL_LM",
             },
             dtype=torch.bfloat16,
@@ -688,9 +687,7 @@ def write_original(spec: Spec, rounded: LlavaForConditionalGeneration, folder: P
         elsewhere.append(layouts.TOWER)
     if spec.adapter:
         (folder / "lora").mkdir()
-        projector = {
-            name: value for name, value in tensors.items() if name.startswith(layouts.PROJECTOR)
-        }
+        projector = {name: value for name, value in tensors.items() if name.startswith(layouts.PROJECTOR)}
         layouts.write_projector(projector, folder / "lora")
         elsewhere.append(layouts.PROJECTOR)
     kept = {
@@ -1123,7 +1120,7 @@ def make_in(spec: Spec, folder: Path, work: Path, pictures: list[Path]) -> dict[
     if spec.adapter:
         layouts.write_adapter(spec.adapter, layouts.attach(spec.adapter, model, seed), folder / "lora")
     write_config(spec, model, folder)
-    model = stored_model(spec, folder)
+    base, model = model, stored_model(spec, folder)
     if spec.is_original:
         write_original_files(spec, work, folder)
         converted = replace(spec, naming="v5", dtype="f32", config_style="5", shards=1)
@@ -1157,6 +1154,13 @@ def make_in(spec: Spec, folder: Path, work: Path, pictures: list[Path]) -> dict[
                 "min_margin": significant(torch.tensor([answer.min_margin]))[0],
             }
         )
+    if spec.adapter:
+        for name, other in layouts.without_each(spec.adapter, base, seed):
+            embeds = input_embeds(other, spec, ids, pixels[0])
+            logits = other(inputs_embeds=embeds, logits_to_keep=1).logits[0, -1]
+            value = float((logits - answers[0].logits).abs().max())
+            if not (value < 1e-4 if unused(spec, name) else value > 2e-3):
+                raise ValueError(f"{spec.name}: {name} moves the logits by {value}")
     for name, value in sensitivities(model, spec, ids, pixels[0], answers[0].logits).items():
         if not (value < 1e-4 if unused(spec, name) else value > 0.01):
             raise ValueError(f"{spec.name}: {name} moves the logits by {value}")

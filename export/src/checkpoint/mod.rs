@@ -77,8 +77,11 @@ impl Checkpoint {
         let mut config = parse_json(&config_path, &config_bytes)?;
         // LLaVA's LoRA training writes the LLaVA's config.json beside the adapter; the base may be a bare LLaMA.
         if let Some(lora) = lora.filter(|lora| lora.join("config.json").is_file()) {
-            (config_path, config_bytes) = read_config(lora, hint)?;
-            config = parse_json(&config_path, &config_bytes)?;
+            let (path, bytes) = read_config(lora, hint)?;
+            let json = parse_json(&path, &bytes)?;
+            if Layout::of(&json) == Layout::Original {
+                (config_path, config_bytes, config) = (path, bytes, json);
+            }
         }
         let mut checkpoint = Self {
             folder: folder.to_owned(),
