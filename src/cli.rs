@@ -31,7 +31,7 @@ pub enum Command {
     /// tracing, and memory that does not grow with the model. The checkpoint is a folder in transformers' layout or in that of
     /// the LLaVA repository: config.json, *.safetensors or pytorch_model*.bin, tokenizer.json.
     #[command(after_long_help = "Examples:\n  recaption export llava-llama-3-8b --out bundles/llava-8b\n  \
-        recaption export vicuna-7b --lora llava-v1.5-7b-lora --vision-tower clip-vit-large-patch14-336 --out bundles/llava-7b")]
+        recaption export vicuna-7b --lora llava-lora --vision-tower clip-vit-l-336 --out bundles/llava-7b")]
     Export(ExportArgs),
     /// Caption images with a bundle
     ///

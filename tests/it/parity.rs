@@ -30,7 +30,7 @@ impl Golden {
                 Self { name, json }
             })
             .collect();
-        assert!(goldens.len() >= 8, "{} checkpoints", goldens.len());
+        assert!(goldens.len() >= 17, "{} checkpoints", goldens.len());
         goldens
     }
 

@@ -80,6 +80,13 @@ pub(crate) fn read_json(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
 }
 
+/// Changes a JSON file.
+pub(crate) fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut json = read_json(path);
+    edit(&mut json);
+    std::fs::write(path, json.to_string()).unwrap();
+}
+
 /// What `scripts/fetch_test_data.sh` fetches.
 pub(crate) fn fetched(path: &str) -> PathBuf {
     let path = root("tests/data/fetched").join(path);

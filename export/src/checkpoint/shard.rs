@@ -37,7 +37,9 @@ impl Shard {
         // readers check the header against the file's length.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         let is_torch = path.extension().is_some_and(|extension| extension == "bin");
-        let entries = if is_torch { torch_entries(&map, path) } else { safetensors_entries(&map, path) }?;
+        let mut entries = if is_torch { torch_entries(&map, path) } else { safetensors_entries(&map, path) }?;
+        // One order, for the fingerprint.
+        entries.sort_by(|one, other| one.name.cmp(&other.name));
         Ok((Self { path: path.to_owned(), map }, entries))
     }
 }
