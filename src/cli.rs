@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use recaption_export::Precision;
+
 use crate::model::TemplateChoice;
 use crate::model::prompt::DEFAULT_PROMPT;
 use crate::pipeline::write::Format;
@@ -59,12 +61,40 @@ pub struct ExportArgs {
     pub out: PathBuf,
     /// Precision of the weights of decoder and vision tower
     ///
-    /// fp32 needs 4 bytes a weight and runs everywhere. Example: --precision fp32
+    /// On a CPU int8 is the fastest and fp32 the most exact; on a GPU fp16. int8-block and int4 are small: 1 and a bit more
+    /// than half a byte per weight. With --target tensorrt: fp32, fp16 or bf16. Example: --precision int8
     #[arg(long, value_enum, default_value_t = PrecisionArg::Fp32)]
     pub precision: PrecisionArg,
+    /// Precision of vision tower and projector, where it is to differ from --precision [default: the same; int8-block for int4]
+    ///
+    /// Example: --precision int4 --vision-precision int8
+    #[arg(long, value_enum, value_name = "PRECISION")]
+    pub vision_precision: Option<PrecisionArg>,
+    /// Type of the numbers between the weights of int8-block and int4, and of their KV cache [default: fp32]
+    ///
+    /// fp32 is for CPUs; CUDA has attention in fp16 only. Example: --precision int4 --activations fp16
+    #[arg(long, value_enum, value_name = "PRECISION")]
+    pub activations: Option<ActivationsArg>,
+    /// How 4-bit weights are rounded
+    ///
+    /// Example: --rounding nearest
+    #[arg(long, value_enum, default_value_t = RoundingArg::Search)]
+    pub rounding: RoundingArg,
+    /// What int8 learns the range of activations from: `random` (token ids), `none`, or a text file
+    ///
+    /// The decoder is run over a few hundred tokens, one layer at a time, and channels with a wide range are evened out in the
+    /// weights (SmoothQuant). A text like the captions to come does a little better than random ids.
+    /// Example: --precision int8 --calibration captions.txt
+    #[arg(long, value_name = "random|none|FILE", default_value = "random")]
+    pub calibration: String,
+    /// Keep int8 weights within 7 bits, for x86 processors without VNNI
+    ///
+    /// Their 16-bit sums of 8-bit products would overflow. Costs a little quality. Example: --precision int8 --reduce-range
+    #[arg(long)]
+    pub reduce_range: bool,
     /// Operators to build the graphs from
     ///
-    /// ort: ONNX Runtime's fused operators, for its CPU and CUDA providers. Example: --target ort
+    /// Example: --target tensorrt --precision fp16
     #[arg(long, value_enum, default_value_t = TargetArg::Ort)]
     pub target: TargetArg,
     /// Folder of the CLIP vision tower, for a checkpoint without
@@ -98,13 +128,56 @@ pub struct ExportArgs {
 pub enum PrecisionArg {
     /// 32-bit floats
     Fp32,
+    /// 16-bit floats; slow on a CPU
+    Fp16,
+    /// 16-bit floats of wide range, for GPUs
+    Bf16,
+    /// 8-bit integers with a scale per row of activations, for CPUs
+    Int8,
+    /// 8-bit weights in blocks of 128
+    Int8Block,
+    /// 4-bit weights in blocks of 32
+    Int4,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::Fp32 => Self::Fp32,
+            PrecisionArg::Fp16 => Self::Fp16,
+            PrecisionArg::Bf16 => Self::Bf16,
+            PrecisionArg::Int8 => Self::Int8,
+            PrecisionArg::Int8Block => Self::Int8Block,
+            PrecisionArg::Int4 => Self::Int4,
+        }
+    }
+}
+
+/// Types of activations around block-quantised weights.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ActivationsArg {
+    /// 32-bit floats
+    Fp32,
+    /// 16-bit floats
+    Fp16,
+}
+
+/// Ways to round 4-bit weights.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum RoundingArg {
+    /// The scale from each block's extremes
+    Nearest,
+    /// The scale with the least error of those tried
+    Search,
 }
 
 /// Targets that export writes for.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum TargetArg {
-    /// ONNX Runtime's CPU and CUDA providers
+    /// ONNX Runtime's CPU and CUDA providers, with its fused operators
     Ort,
+    /// Standard operators only, as TensorRT takes them
+    Tensorrt,
 }
 
 /// `recaption run`.

@@ -134,6 +134,18 @@ pub enum Error {
         /// What is missing.
         reason: String,
     },
+    /// A graph uses an operator that its target does not have: a bug of the exporter, or a bundle that was edited.
+    #[error("`{graph}` node `{node}`: operator `{op}` is not one of target {target}")]
+    ForeignOperator {
+        /// The graph.
+        graph: String,
+        /// The node.
+        node: String,
+        /// The operator, with its domain.
+        op: String,
+        /// The target.
+        target: &'static str,
+    },
     /// The user ended the export; nothing was left behind.
     #[error("export was interrupted; nothing was written")]
     Cancelled,

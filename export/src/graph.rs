@@ -4,31 +4,30 @@
 //! Weights are not held: an initialiser keeps a reference to where its bytes come from, and they stream to the data
 //! file block by block when the graph is written, so memory does not grow with the model.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use prost::Message;
 use sha2::{Digest, Sha256};
 
+use crate::data_file::DataFile;
 use crate::error::{Error, Result};
-use crate::manifest::{BundleFile, GraphFile, TensorSpec};
+use crate::manifest::{BundleFile, DimRange, GraphFile, Saturation, Target, TensorSpec};
+use crate::precision::GraphFormat;
 use crate::proto::{
     AttributeProto, AttributeType, DataLocation, Dimension, DimensionProto, GraphProto, ModelProto, NodeProto,
     OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto,
     ValueInfoProto,
 };
+use crate::quantize::{BlockFormat, Encoded, Encoding};
 use crate::tensor::StoredTensor;
+use crate::weight::Weight;
 
-/// ONNX IR version that goes with [`OPSET`].
-const IR_VERSION: i64 = 11;
-/// Version of the standard operator set: the first with `RMSNormalization`.
-const OPSET: i64 = 23;
 /// Domain of ONNX Runtime's fused operators.
 pub(crate) const MICROSOFT: &str = "com.microsoft";
-/// External tensors start at multiples of this, so that the data file can be mapped page by page.
-const EXTERNAL_ALIGNMENT: u64 = 4096;
 /// Initialisers up to this size stay inside the `.onnx` file, where shape inference can read them.
 const MAX_INLINE_BYTES: usize = 1024;
 
@@ -39,10 +38,18 @@ const MAX_INLINE_BYTES: usize = 1024;
 pub enum DataType {
     /// 32-bit float.
     F32 = 1,
+    /// 8-bit unsigned integer.
+    U8 = 2,
+    /// 8-bit signed integer.
+    I8 = 3,
     /// 32-bit signed integer.
     I32 = 6,
     /// 64-bit signed integer.
     I64 = 7,
+    /// IEEE 16-bit float.
+    F16 = 10,
+    /// 16-bit float with the exponent of a 32-bit one.
+    BF16 = 16,
 }
 
 impl DataType {
@@ -50,6 +57,8 @@ impl DataType {
     #[must_use]
     pub fn size(self) -> usize {
         match self {
+            Self::U8 | Self::I8 => 1,
+            Self::F16 | Self::BF16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::I64 => 8,
         }
@@ -89,26 +98,24 @@ impl Value {
     }
 }
 
-/// A piece of a weight.
-pub(crate) enum WeightPart<'a> {
-    /// A tensor of the checkpoint, or some of its rows.
-    Stored(StoredTensor<'a>),
-    /// So many rows of zeros.
-    ZeroRows(usize),
-}
-
 /// Where an initialiser's bytes come from.
 enum InitializerData<'a> {
-    /// Parts one after the other along the first axis, converted to f32.
-    Parts(Vec<WeightPart<'a>>),
     /// Little-endian bytes made by the exporter.
     Bytes(Vec<u8>),
+    /// A weight as it is encoded. The encodings that make several tensors (values, scales, zero points) make them in one
+    /// go; those after the first are the `further` ones.
+    Weight { weight: Weight<'a>, encoding: Encoding, further: Vec<TensorHead> },
 }
 
-struct Initializer<'a> {
+/// A tensor but for its bytes.
+struct TensorHead {
     name: String,
     data_type: DataType,
     dims: Vec<usize>,
+}
+
+struct Initializer<'a> {
+    head: TensorHead,
     data: InitializerData<'a>,
 }
 
@@ -150,22 +157,26 @@ impl Attribute {
 /// `{name}/output_0`.
 pub(crate) struct GraphBuilder<'a> {
     name: &'static str,
+    format: GraphFormat,
     nodes: Vec<NodeProto>,
     initializers: Vec<Initializer<'a>>,
     inputs: Vec<TensorSpec>,
     outputs: Vec<TensorSpec>,
+    profile: BTreeMap<String, DimRange>,
     /// Weights that are constants here: see [`Self::weight_values`].
     num_changed_parameters: usize,
 }
 
 impl<'a> GraphBuilder<'a> {
-    pub(crate) fn new(name: &'static str) -> Self {
+    pub(crate) fn new(name: &'static str, format: GraphFormat) -> Self {
         Self {
             name,
+            format,
             nodes: Vec::new(),
             initializers: Vec::new(),
             inputs: Vec::new(),
             outputs: Vec::new(),
+            profile: BTreeMap::new(),
             num_changed_parameters: 0,
         }
     }
@@ -181,61 +192,119 @@ impl<'a> GraphBuilder<'a> {
         Value(name.to_owned())
     }
 
-    /// A tensor of the checkpoint as an f32 initialiser.
-    pub(crate) fn weight(&mut self, name: &str, tensor: StoredTensor<'a>) -> Value {
-        let row_shape = tensor.shape()[1..].to_vec();
-        self.weight_of_parts(name, vec![WeightPart::Stored(tensor)], &row_shape)
+    /// Sizes that the free dimension `name` takes.
+    pub(crate) fn dim_range(&mut self, name: &str, (min, opt, max): (usize, usize, usize)) {
+        self.profile.insert(name.to_owned(), DimRange { min, opt, max });
     }
 
-    /// Parts with rows of `row_shape`, concatenated along the first axis, as one f32 initialiser.
-    pub(crate) fn weight_of_parts(&mut self, name: &str, parts: Vec<WeightPart<'a>>, row_shape: &[usize]) -> Value {
-        let num_rows = parts.iter().map(|part| match part {
-            WeightPart::Stored(tensor) => tensor.shape()[0],
-            WeightPart::ZeroRows(count) => *count,
-        });
-        let dims = [&[num_rows.sum()], row_shape].concat();
-        self.push_initializer(name, DataType::F32, dims, InitializerData::Parts(parts))
+    /// What the graph is made of.
+    pub(crate) fn format(&self) -> GraphFormat {
+        self.format
+    }
+
+    /// A tensor of the checkpoint as an initialiser of the graph's float type.
+    pub(crate) fn weight(&mut self, name: &str, tensor: StoredTensor<'a>) -> Value {
+        self.float_weight(name, Weight::stored(tensor), self.format.float)
+    }
+
+    /// A weight as an initialiser of floats.
+    pub(crate) fn float_weight(&mut self, name: &str, weight: Weight<'a>, data_type: DataType) -> Value {
+        let head = TensorHead { name: name.to_owned(), data_type, dims: weight.dims() };
+        let encoding = Encoding::Float(data_type);
+        self.push_initializer(head, InitializerData::Weight { weight, encoding, further: vec![] })
+    }
+
+    /// A matrix `[N, K]` as s8 `[N, K]` and one f32 scale per row, `[N]`.
+    pub(crate) fn int8_weight(&mut self, name: &str, weight: Weight<'a>, max: u8) -> (Value, Value) {
+        let head = TensorHead { name: format!("{name}_quantized"), data_type: DataType::I8, dims: weight.dims() };
+        let scales =
+            TensorHead { name: format!("{name}_scale"), data_type: DataType::F32, dims: vec![weight.num_rows()] };
+        let scales_value = Value(scales.name.clone());
+        let encoding = Encoding::Int8Rows { max };
+        let values = self.push_initializer(head, InitializerData::Weight { weight, encoding, further: vec![scales] });
+        (values, scales_value)
+    }
+
+    /// A matrix `[N, K]` in the blocks of `MatMulNBits`: values, scales and, where the format has them, zero points.
+    pub(crate) fn block_weight(&mut self, name: &str, weight: Weight<'a>, format: BlockFormat) -> Vec<Value> {
+        let (num_rows, row_size) = (weight.num_rows(), weight.row_size());
+        let num_blocks = format.num_blocks(row_size);
+        let head = |suffix: &str, data_type, dims: &[usize]| TensorHead {
+            name: format!("{name}_{suffix}"),
+            data_type,
+            dims: dims.to_vec(),
+        };
+        let values = head("quantized", DataType::U8, &[num_rows, num_blocks, format.block_bytes()]);
+        let mut further = vec![head("scales", format.scale, &[num_rows * num_blocks])];
+        if format.has_zero_points() {
+            further.push(head("zero_points", DataType::U8, &[num_rows * format.zero_point_bytes(row_size)]));
+        }
+        let mut outputs = vec![Value(values.name.clone())];
+        outputs.extend(further.iter().map(|head| Value(head.name.clone())));
+        let encoding = Encoding::Blocks(format);
+        self.push_initializer(values, InitializerData::Weight { weight, encoding, further });
+        outputs
+    }
+
+    /// Values in the graph's float type.
+    pub(crate) fn constant_float(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Value {
+        self.constant_of(name, self.format.float, dims, values)
     }
 
     pub(crate) fn constant_f32(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Value {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.push_initializer(name, DataType::F32, dims.to_vec(), InitializerData::Bytes(bytes))
+        self.constant_of(name, DataType::F32, dims, values)
     }
 
-    /// Weights of the checkpoint that were changed on the way.
+    /// Values as floats of `data_type`.
+    pub(crate) fn constant_of(&mut self, name: &str, data_type: DataType, dims: &[usize], values: &[f32]) -> Value {
+        let mut encoded = Encoded::default();
+        Encoding::Float(data_type).encode(values, values.len().max(1), &mut encoded);
+        let head = TensorHead { name: name.to_owned(), data_type, dims: dims.to_vec() };
+        self.push_initializer(head, InitializerData::Bytes(encoded.data))
+    }
+
+    /// Weights of the checkpoint that were changed on the way, in the graph's float type.
     pub(crate) fn weight_values(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Value {
         self.num_changed_parameters += values.len();
-        self.constant_f32(name, dims, values)
+        self.constant_float(name, dims, values)
     }
 
     pub(crate) fn constant_i64(&mut self, name: &str, dims: &[usize], values: &[i64]) -> Value {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.push_initializer(name, DataType::I64, dims.to_vec(), InitializerData::Bytes(bytes))
+        let head = TensorHead { name: name.to_owned(), data_type: DataType::I64, dims: dims.to_vec() };
+        self.push_initializer(head, InitializerData::Bytes(bytes))
+    }
+
+    /// 8-bit integers, as their bytes.
+    pub(crate) fn constant_bytes(&mut self, name: &str, data_type: DataType, dims: &[usize], bytes: Vec<u8>) -> Value {
+        let head = TensorHead { name: name.to_owned(), data_type, dims: dims.to_vec() };
+        self.push_initializer(head, InitializerData::Bytes(bytes))
     }
 
     /// A one-dimensional i64 constant, made once however often it is asked for: shapes and axes.
     pub(crate) fn shape(&mut self, values: &[i64]) -> Value {
         let text: Vec<String> = values.iter().map(ToString::to_string).collect();
         let name = format!("/constants/shape_{}", text.join("_").replace('-', "m"));
-        if self.initializers.iter().any(|initializer| initializer.name == name) {
-            return Value(name);
-        }
-        self.constant_i64(&name, &[values.len()], values)
+        self.once(&name, |graph| graph.constant_i64(&name, &[values.len()], values))
     }
 
-    fn push_initializer(
-        &mut self,
-        name: &str,
-        data_type: DataType,
-        dims: Vec<usize>,
-        data: InitializerData<'a>,
-    ) -> Value {
+    /// The initialiser `name`, made by `make` when it is not there yet.
+    pub(crate) fn once(&mut self, name: &str, make: impl FnOnce(&mut Self) -> Value) -> Value {
+        match self.initializers.iter().any(|initializer| initializer.head.name == name) {
+            true => Value(name.to_owned()),
+            false => make(self),
+        }
+    }
+
+    fn push_initializer(&mut self, head: TensorHead, data: InitializerData<'a>) -> Value {
         debug_assert!(
-            self.initializers.iter().all(|initializer| initializer.name != name),
-            "initialiser `{name}` twice"
+            self.initializers.iter().all(|initializer| initializer.head.name != head.name),
+            "initialiser `{}` twice",
+            head.name
         );
-        self.initializers.push(Initializer { name: name.to_owned(), data_type, dims, data });
-        Value(name.to_owned())
+        let value = Value(head.name.clone());
+        self.initializers.push(Initializer { head, data });
+        value
     }
 
     /// A node of the standard operator set with one output.
@@ -284,32 +353,61 @@ impl<'a> GraphBuilder<'a> {
         });
     }
 
+    /// A graph input that is declared elsewhere.
+    pub(crate) fn value_named(name: &str) -> Value {
+        Value(name.to_owned())
+    }
+
     /// `name/output_{index}`: the outputs of a node that has several.
     pub(crate) fn output_of(name: &str, index: usize) -> Value {
         Value(format!("{name}/output_{index}"))
     }
 
+    /// `x` as another type; itself where it has that type already.
+    pub(crate) fn cast(&mut self, name: &str, x: &Value, from: DataType, to: DataType) -> Value {
+        match from == to {
+            true => x.clone(),
+            false => self.node("Cast", &format!("{name}/Cast"), &[x], vec![("to", Attribute::Int(to as i64))]),
+        }
+    }
+
+    /// Names of the operators used, with their domain where it is not the standard one.
+    #[cfg(test)]
+    pub(crate) fn op_types(&self) -> std::collections::BTreeSet<String> {
+        self.nodes.iter().map(crate::lint::op_name).collect()
+    }
+
     /// Writes `NAME.onnx` and, where there are weights, `NAME.onnx.data` into `folder`.
     ///
     /// # Errors
-    /// The disk's, [`Error::NonFiniteWeight`], or [`Error::Cancelled`].
+    /// The disk's, [`Error::NonFiniteWeight`], [`Error::Cancelled`], or an operator that the target does not have.
     pub(crate) fn write(self, folder: &Path, cancel: &AtomicBool) -> Result<WrittenGraph> {
+        crate::lint::check(self.name, &self.nodes, self.format.target)?;
         let model_file = format!("{}.onnx", self.name);
         let data_file = format!("{model_file}.data");
-        let mut data = DataFile::create(&folder.join(&data_file), cancel)?;
+        let mut writer = InitializerWriter {
+            file: DataFile::create(&folder.join(&data_file), cancel)?,
+            location: data_file.clone(),
+            num_parameters: self.num_changed_parameters,
+            saturated: Vec::new(),
+        };
         let mut initializers = Vec::with_capacity(self.initializers.len());
-        let mut num_parameters = self.num_changed_parameters;
-        for initializer in &self.initializers {
-            num_parameters += initializer.num_parameters();
-            initializers.push(data.append(initializer, &data_file)?);
+        for initializer in self.initializers {
+            writer.append(initializer, &mut initializers)?;
         }
+        let InitializerWriter { file, num_parameters, saturated, .. } = writer;
         let mut files = Vec::new();
-        if let Some(file) = data.finish(data_file)? {
+        if let Some(file) = file.finish(data_file)? {
             files.push(file);
         }
 
+        let target = self.format.target;
+        let mut opset_import = vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(target.opset()) }];
+        if target == Target::Ort {
+            opset_import.push(OperatorSetIdProto { domain: Some(MICROSOFT.to_owned()), version: Some(1) });
+        }
         let model = ModelProto {
-            ir_version: Some(IR_VERSION),
+            ir_version: Some(target.ir_version()),
             producer_name: Some("recaption".to_owned()),
             producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             graph: Some(GraphProto {
@@ -319,17 +417,18 @@ impl<'a> GraphBuilder<'a> {
                 input: self.inputs.iter().map(value_info).collect(),
                 output: self.outputs.iter().map(value_info).collect(),
             }),
-            opset_import: vec![
-                OperatorSetIdProto { domain: Some(String::new()), version: Some(OPSET) },
-                OperatorSetIdProto { domain: Some(MICROSOFT.to_owned()), version: Some(1) },
-            ],
+            opset_import,
         };
         let bytes = model.encode_to_vec();
         files.push(write_hashed(folder, &model_file, &bytes)?);
-        Ok(WrittenGraph {
-            graph: GraphFile { file: model_file, inputs: self.inputs, outputs: self.outputs, num_parameters },
-            files,
-        })
+        let graph = GraphFile {
+            file: model_file,
+            inputs: self.inputs,
+            outputs: self.outputs,
+            profile: self.profile,
+            num_parameters,
+        };
+        Ok(WrittenGraph { graph, files, saturated })
     }
 }
 
@@ -337,6 +436,116 @@ impl<'a> GraphBuilder<'a> {
 pub(crate) struct WrittenGraph {
     pub(crate) graph: GraphFile,
     pub(crate) files: Vec<BundleFile>,
+    pub(crate) saturated: Vec<Saturation>,
+}
+
+/// Writes initialisers one after the other.
+struct InitializerWriter<'a> {
+    file: DataFile<'a>,
+    /// Name of the data file.
+    location: String,
+    num_parameters: usize,
+    saturated: Vec<Saturation>,
+}
+
+impl InitializerWriter<'_> {
+    fn append(&mut self, initializer: Initializer<'_>, protos: &mut Vec<TensorProto>) -> Result<()> {
+        let Initializer { head, data } = initializer;
+        let (weight, encoding, further) = match data {
+            InitializerData::Bytes(bytes) => {
+                protos.push(self.append_bytes(head, bytes)?);
+                return Ok(());
+            }
+            InitializerData::Weight { weight, encoding, further } => (weight, encoding, further),
+        };
+        self.num_parameters += weight.num_parameters();
+        let row_size = weight.row_size();
+        let mut encoded = Encoded::default();
+        let mut further_bytes = vec![Vec::new(); further.len()];
+        let mut saturated = Saturation::new(&weight);
+        let num_bytes = head.num_bytes();
+        let is_inline = num_bytes <= MAX_INLINE_BYTES;
+        if !is_inline {
+            self.file.align()?;
+        }
+        let start = self.file.offset();
+        let mut inline = Vec::new();
+        weight.stream(&mut |rows| {
+            if encoding == Encoding::Float(DataType::F16) {
+                saturated.saturate(rows);
+            }
+            encoding.encode(rows, row_size, &mut encoded);
+            further_bytes.iter_mut().zip([&mut encoded.scales, &mut encoded.zero_points]).for_each(|(all, new)| {
+                all.append(new);
+            });
+            match is_inline {
+                true => inline.append(&mut encoded.data),
+                false => self.file.write_with(|block| std::mem::swap(block, &mut encoded.data))?,
+            }
+            Ok(())
+        })?;
+        if saturated.count > 0 {
+            self.saturated.push(saturated);
+        }
+        match is_inline {
+            true => protos.push(head.inline(inline)),
+            false => {
+                debug_assert_eq!(self.file.offset() - start, num_bytes as u64, "`{}`", head.name);
+                protos.push(head.external(&self.location, start));
+            }
+        }
+        for (head, bytes) in further.into_iter().zip(further_bytes) {
+            protos.push(self.append_bytes(head, bytes)?);
+        }
+        Ok(())
+    }
+
+    /// Few bytes stay in the returned message, where shape inference can read them.
+    fn append_bytes(&mut self, head: TensorHead, bytes: Vec<u8>) -> Result<TensorProto> {
+        debug_assert_eq!(bytes.len(), head.num_bytes(), "`{}`", head.name);
+        if bytes.len() <= MAX_INLINE_BYTES {
+            return Ok(head.inline(bytes));
+        }
+        self.file.align()?;
+        let start = self.file.offset();
+        self.file.write_with(|block| *block = bytes)?;
+        Ok(head.external(&self.location, start))
+    }
+}
+
+impl TensorHead {
+    fn num_bytes(&self) -> usize {
+        self.dims.iter().product::<usize>() * self.data_type.size()
+    }
+
+    fn proto(&self) -> TensorProto {
+        TensorProto {
+            dims: self.dims.iter().map(|&dim| dim as i64).collect(),
+            data_type: Some(self.data_type as i32),
+            name: Some(self.name.clone()),
+            ..Default::default()
+        }
+    }
+
+    fn inline(&self, bytes: Vec<u8>) -> TensorProto {
+        TensorProto { raw_data: Some(bytes), ..self.proto() }
+    }
+
+    fn external(&self, location: &str, start: u64) -> TensorProto {
+        let fields = [
+            ("location", location.to_owned()),
+            ("offset", start.to_string()),
+            ("length", self.num_bytes().to_string()),
+        ];
+        TensorProto {
+            data_location: Some(DataLocation::External as i32),
+            external_data: fields
+                .into_iter()
+                .map(|(key, value)| StringStringEntryProto { key: Some(key.to_owned()), value: Some(value) })
+                .collect(),
+            ..self.proto()
+        }
+    }
 }
 
 /// Writes `bytes` to `folder/name` and returns its entry for the manifest.
@@ -372,103 +581,5 @@ fn value_info(spec: &TensorSpec) -> ValueInfoProto {
                 shape: Some(TensorShapeProto { dim }),
             }),
         }),
-    }
-}
-
-/// The `.onnx.data` file, hashed while it is written.
-struct DataFile<'a> {
-    cancel: &'a AtomicBool,
-    path: std::path::PathBuf,
-    file: BufWriter<File>,
-    hasher: Sha256,
-    offset: u64,
-}
-
-impl<'a> DataFile<'a> {
-    fn create(path: &Path, cancel: &'a AtomicBool) -> Result<Self> {
-        let file = File::create(path).map_err(Error::io("create", path))?;
-        Ok(Self {
-            cancel,
-            path: path.to_owned(),
-            file: BufWriter::with_capacity(1 << 20, file),
-            hasher: Sha256::new(),
-            offset: 0,
-        })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.cancel.load(Ordering::Relaxed) {
-            return Err(Error::Cancelled);
-        }
-        self.file.write_all(bytes).map_err(Error::io("write", &self.path))?;
-        self.hasher.update(bytes);
-        self.offset += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Appends one initialiser's bytes, or leaves them in the returned message when they are few.
-    fn append(&mut self, initializer: &Initializer<'_>, location: &str) -> Result<TensorProto> {
-        let num_bytes = initializer.dims.iter().product::<usize>() * initializer.data_type.size();
-        let mut proto = TensorProto {
-            dims: initializer.dims.iter().map(|&dim| dim as i64).collect(),
-            data_type: Some(initializer.data_type as i32),
-            name: Some(initializer.name.clone()),
-            ..Default::default()
-        };
-        if num_bytes <= MAX_INLINE_BYTES {
-            let mut bytes = Vec::with_capacity(num_bytes);
-            initializer.stream(&mut |block| {
-                bytes.extend_from_slice(block);
-                Ok(())
-            })?;
-            proto.raw_data = Some(bytes);
-            return Ok(proto);
-        }
-        let padding = self.offset.next_multiple_of(EXTERNAL_ALIGNMENT) - self.offset;
-        self.write(&vec![0; padding as usize])?;
-        let start = self.offset;
-        initializer.stream(&mut |block| self.write(block))?;
-        debug_assert_eq!(self.offset - start, num_bytes as u64, "`{}`", initializer.name);
-        proto.data_location = Some(DataLocation::External as i32);
-        proto.external_data =
-            [("location", location.to_owned()), ("offset", start.to_string()), ("length", num_bytes.to_string())]
-                .into_iter()
-                .map(|(key, value)| StringStringEntryProto { key: Some(key.to_owned()), value: Some(value) })
-                .collect();
-        Ok(proto)
-    }
-
-    /// Syncs the file; removes it again when nothing went into it.
-    fn finish(mut self, name: String) -> Result<Option<BundleFile>> {
-        self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io("write", &self.path))?;
-        if self.offset == 0 {
-            std::fs::remove_file(&self.path).map_err(Error::io("remove", &self.path))?;
-            return Ok(None);
-        }
-        Ok(Some(BundleFile { path: name, size: self.offset, sha256: hex(&self.hasher.finalize()) }))
-    }
-}
-
-impl Initializer<'_> {
-    /// Weights of the checkpoint in it.
-    fn num_parameters(&self) -> usize {
-        let InitializerData::Parts(parts) = &self.data else { return 0 };
-        let stored = parts.iter().map(|part| match part {
-            WeightPart::Stored(tensor) => tensor.num_elements(),
-            WeightPart::ZeroRows(_) => 0,
-        });
-        stored.sum()
-    }
-
-    fn stream(&self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let parts = match &self.data {
-            InitializerData::Bytes(bytes) => return sink(bytes),
-            InitializerData::Parts(parts) => parts,
-        };
-        let row_size: usize = self.dims[1..].iter().product();
-        parts.iter().try_for_each(|part| match part {
-            WeightPart::Stored(tensor) => tensor.stream_f32(sink),
-            WeightPart::ZeroRows(count) => sink(&vec![0; count * row_size * self.data_type.size()]),
-        })
     }
 }

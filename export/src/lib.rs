@@ -5,25 +5,35 @@
 //! tensor is held whole, so memory does not grow with the model.
 
 mod activation;
+mod attention;
+mod blocks;
+mod calibrate;
 mod checkpoint;
 mod config;
+mod data_file;
 mod decoder;
 mod error;
 mod graph;
 mod linear;
+mod lint;
 mod manifest;
+mod migration;
+mod norm;
+mod precision;
 mod processor_config;
 mod projector;
 pub mod proto;
+mod quantize;
 mod rope;
 mod tensor;
 mod tokenizer_files;
 mod torch_file;
 mod vision_tower;
+mod weight;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest, Sha256};
 
@@ -31,14 +41,20 @@ pub use crate::decoder::{IMAGE_INDEX_PADDING, IMAGE_INDEX_TEXT};
 pub use crate::error::{Error, Result};
 pub use crate::graph::{DataType, Dim, hex};
 pub use crate::manifest::{
-    BundleFile, BundleKind, DecoderDims, FILE_NAME as MANIFEST_FILE, FORMAT_VERSION, GraphFile, Graphs, Manifest,
-    PixelLayout, PixelValues, Precision, PromptSettings, Source, Target, TensorSpec, VisionDims,
+    BundleFile, BundleKind, DecoderDims, DimRange, FILE_NAME as MANIFEST_FILE, FORMAT_VERSION, GraphFile, Graphs,
+    Manifest, PixelLayout, PixelValues, Precision, PromptSettings, Saturation, Source, Target, TensorSpec, VisionDims,
 };
 pub use crate::processor_config::{Filter, Geometry, Preprocessing, ProcessorConfigError, Resize};
+pub use crate::quantize::Rounding;
+pub use crate::vision_tower::PATCH_ZERO_POINT;
 
+pub use crate::calibrate::Calibration;
+use crate::calibrate::Windows;
 use crate::checkpoint::Checkpoint;
-use crate::config::LlavaConfig;
+use crate::config::{DecoderConfig, LlavaConfig};
 use crate::graph::write_hashed;
+use crate::migration::Migration;
+use crate::precision::{LinearFormat, PrecisionOptions};
 use crate::tokenizer_files::TokenizerFiles;
 
 /// Name of the bundle within the staging folder.
@@ -49,6 +65,16 @@ const BUNDLE: &str = "bundle";
 pub struct ExportOptions {
     /// Precision of the weights.
     pub precision: Precision,
+    /// Precision of vision tower and projector, where it is to differ.
+    pub vision_precision: Option<Precision>,
+    /// Type of the activations around block-quantised weights: [`Precision::Fp32`] (the CPU's) or [`Precision::Fp16`].
+    pub activations: Option<Precision>,
+    /// How 4-bit weights are rounded.
+    pub rounding: Rounding,
+    /// What int8 export learns the range of activations from.
+    pub calibration: Calibration,
+    /// Keep int8 weights within 7 bits, for x86 processors without VNNI.
+    pub reduce_range: bool,
     /// Operators to build the graphs from.
     pub target: Target,
     /// Folder of the CLIP vision tower, for checkpoints of the original layout.
@@ -67,6 +93,11 @@ impl Default for ExportOptions {
     fn default() -> Self {
         Self {
             precision: Precision::Fp32,
+            vision_precision: None,
+            activations: None,
+            rounding: Rounding::default(),
+            calibration: Calibration::default(),
+            reduce_range: false,
             target: Target::Ort,
             vision_tower: None,
             lora: None,
@@ -84,23 +115,39 @@ impl Default for ExportOptions {
 /// # Errors
 /// Everything unsupported or missing is reported before the first file is written; see [`Error`].
 pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOptions) -> Result<Manifest> {
+    let vision_precision = options.vision_precision.unwrap_or(options.precision.default_for_vision());
+    let (vision_format, decoder_format) = PrecisionOptions {
+        target: options.target,
+        decoder: options.precision,
+        vision: vision_precision,
+        activations: options.activations,
+        rounding: options.rounding,
+        reduce_range: options.reduce_range,
+    }
+    .resolve()?;
     let output = OutputFolder::check(bundle_folder, options.overwrite)?;
     let checkpoint = Checkpoint::open(checkpoint_folder, options.vision_tower.as_deref(), options.lora.as_deref())?;
     let config = LlavaConfig::read(&checkpoint)?;
     let text = TokenizerFiles::read(&checkpoint, &config, options.tokenizer.as_deref())?;
     let preprocessing = processor_config::read(&checkpoint, config.vision.image_size)?;
-    let vision_tower = vision_tower::build(&checkpoint, &config.vision)?;
-    let projector = projector::build(&checkpoint, &config)?;
-    let decoder = decoder::build(&checkpoint, &config.decoder)?;
+    let vision_tower = vision_tower::build(&checkpoint, &config.vision, &preprocessing, vision_format)?;
+    let projector = projector::build(&checkpoint, &config, vision_format, decoder_format.float)?;
+    let migration = match decoder_format.linear {
+        LinearFormat::Int8 { .. } => migration(&checkpoint, &config.decoder, options)?,
+        LinearFormat::Float | LinearFormat::Blocks(_) => Migration::default(),
+    };
+    let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &migration)?;
     checkpoint.refuse_unused(config.vision.num_layers()..config.vision.num_stored_layers)?;
 
     let staging = output.stage()?;
     let staged = staging.path().join(BUNDLE);
     std::fs::create_dir(&staged).map_err(Error::io("create", &staged))?;
     let mut files = vec![write_hashed(&staged, "tokenizer.json", &text.tokenizer)?];
+    let mut saturated_weights = Vec::new();
     let mut write = |graph: graph::GraphBuilder<'_>| {
         let written = graph.write(&staged, &options.cancel)?;
         files.extend(written.files);
+        saturated_weights.extend(written.saturated);
         Ok(written.graph)
     };
     let graphs = Graphs { vision_tower: write(vision_tower)?, projector: write(projector)?, decoder: write(decoder)? };
@@ -114,6 +161,9 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
             fingerprint: checkpoint.fingerprint(),
         },
         precision: options.precision,
+        vision_precision,
+        activations: decoder_format.float,
+        reduce_range: options.reduce_range,
         target: options.target,
         vision: VisionDims {
             image_size: config.vision.image_size,
@@ -134,11 +184,19 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
             max_position_embeddings: config.decoder.num_positions(),
         },
         preprocessing,
-        pixel_values: PixelValues { dtype: DataType::F32, layout: PixelLayout::Nchw },
+        pixel_values: match vision_format.linear {
+            LinearFormat::Int8 { .. } => {
+                PixelValues { dtype: DataType::U8, layout: PixelLayout::Patches { zero_point: PATCH_ZERO_POINT } }
+            }
+            LinearFormat::Float | LinearFormat::Blocks(_) => {
+                PixelValues { dtype: DataType::F32, layout: PixelLayout::Nchw }
+            }
+        },
         prompt: text.prompt,
         stop_token_ids: text.stop_token_ids,
         graphs,
         files,
+        saturated_weights,
         fingerprint: String::new(),
     };
     manifest.fingerprint = fingerprint(&manifest);
@@ -146,6 +204,21 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     write_hashed(&staged, manifest::FILE_NAME, &json)?;
     output.commit(staging)?;
     Ok(manifest)
+}
+
+/// What the decoder's activations are like, and the factors that follow from it.
+fn migration(checkpoint: &Checkpoint, config: &DecoderConfig, options: &ExportOptions) -> Result<Migration> {
+    let windows = match &options.calibration {
+        Calibration::None => return Ok(Migration::default()),
+        Calibration::Random => Windows::random(config),
+        Calibration::Tokens(token_ids) => Windows::of_tokens(token_ids, config),
+    };
+    let check = || match options.cancel.load(Ordering::Relaxed) {
+        true => Err(Error::Cancelled),
+        false => Ok(()),
+    };
+    let stats = calibrate::run(checkpoint, config, &windows, &check)?;
+    Ok(Migration::of_stats(&stats, config))
 }
 
 /// Over everything that decides a caption: the files by their hashes, and the settings beside them; not the folder's name.

@@ -1,18 +1,27 @@
-//! The one place that decides how a linear layer is spelled. In fp32 it is `Gemm` with `transB`: the weight keeps its
-//! `[out, in]` layout, so its bytes stream from the checkpoint unchanged and fused layers are plain concatenations.
-//! ONNX Runtime prepacks it as it would a `MatMul`; both ran at the same speed for 1 to 640 rows.
+//! Linear layers: the one place that decides how they are spelled, one builder per [`LinearFormat`].
+//!
+//! Weights keep the checkpoint's `[out, in]` layout in every format, so they stream from it as they are and fused layers are
+//! plain concatenations: `Gemm` and `QGemm` with `transB`, `MatMulNBits` by its definition. ONNX Runtime's CPU provider runs
+//! `Gemm` as fast as `MatMul` and `QGemm` as fast as `MatMulIntegerToFloat` (measured for 1 to 640 rows).
+
+use std::rc::Rc;
 
 use crate::checkpoint::{Checkpoint, Part};
 use crate::error::Result;
-use crate::graph::{Attribute, GraphBuilder, Value, WeightPart};
+use crate::graph::{Attribute, DataType, GraphBuilder, Value};
+use crate::precision::LinearFormat;
+use crate::quantize::BlockFormat;
 use crate::tensor::StoredTensor;
+use crate::weight::{Weight, WeightPart};
+
+/// Stands for zero in quantised activations.
+const ACTIVATION_ZERO_POINT: u8 = 128;
 
 /// A linear layer of the checkpoint: `{name}.weight` `[out_features, in_features]` and, if any, `{name}.bias`.
 pub(crate) struct Linear<'c> {
-    pub(crate) name: String,
-    in_features: usize,
-    weight: Vec<WeightPart<'c>>,
-    bias: Vec<WeightPart<'c>>,
+    name: String,
+    weight: Weight<'c>,
+    bias: Option<Weight<'c>>,
 }
 
 /// How the rows of a projection to attention heads are laid out anew, so that each head is wider.
@@ -38,6 +47,64 @@ impl HeadPadding {
     }
 }
 
+/// An activation `[rows, in_features]`, made ready once for all the layers that take it.
+pub(crate) struct LinearInput {
+    x: Value,
+    /// `x` as u8 `[rows, in_features]` around [`ACTIVATION_ZERO_POINT`], and the scale of each row `[rows, 1]`.
+    quantized: Option<(Value, Value)>,
+}
+
+impl LinearInput {
+    /// Prepares `x` for layers of `format`; `name` prefixes the nodes.
+    pub(crate) fn new(graph: &mut GraphBuilder<'_>, format: LinearFormat, name: &str, x: &Value) -> Self {
+        let quantized = matches!(format, LinearFormat::Int8 { .. }).then(|| quantize_rows(graph, name, x));
+        Self { x: x.clone(), quantized }
+    }
+
+    /// Says that the true activation is this one with each row multiplied by `scale` `[rows, 1]`.
+    pub(crate) fn scaled_by(mut self, graph: &mut GraphBuilder<'_>, name: &str, scale: Option<Value>) -> Self {
+        if let (Some((_, own)), Some(scale)) = (&mut self.quantized, scale) {
+            *own = graph.node("Mul", &format!("{name}/quantize/Mul_1"), &[own, &scale], vec![]);
+        }
+        self
+    }
+}
+
+/// `x [rows, K]` to u8 `[rows, K]` and f32 `[rows, 1]`: each row has its own scale, so that a row's error, or its NaN, stays
+/// in that row, and its result does not depend on its neighbours.
+///
+/// ```text
+/// x -> Abs -> ReduceMax -> Max 1e-20 -> Mul 1/127 -> scale -> Unsqueeze -> [rows, 1]
+///  \-> QuantizeLinear(axis 0, scale, zero point 128 expanded to the scale's shape) -> u8
+/// ```
+fn quantize_rows(graph: &mut GraphBuilder<'_>, name: &str, x: &Value) -> (Value, Value) {
+    let last_axis = graph.shape(&[-1]);
+    let smallest = constant_once(graph, "/constants/smallest", 1e-20);
+    let step = constant_once(graph, "/constants/1_127", 1.0 / 127.0);
+    let zero_point = graph.once("/constants/u8_128", |graph| {
+        graph.constant_bytes("/constants/u8_128", DataType::U8, &[], vec![ACTIVATION_ZERO_POINT])
+    });
+    let magnitude = graph.node("Abs", &format!("{name}/quantize/Abs"), &[x], vec![]);
+    let keepdims = vec![("keepdims", Attribute::Int(0))];
+    let largest = graph.node("ReduceMax", &format!("{name}/quantize/ReduceMax"), &[&magnitude, &last_axis], keepdims);
+    let largest = graph.node("Max", &format!("{name}/quantize/Max"), &[&largest, &smallest], vec![]);
+    let scale = graph.node("Mul", &format!("{name}/quantize/Mul"), &[&largest, &step], vec![]);
+    let shape = graph.node("Shape", &format!("{name}/quantize/Shape"), &[&scale], vec![]);
+    let zero_points = graph.node("Expand", &format!("{name}/quantize/Expand"), &[&zero_point, &shape], vec![]);
+    let quantized = graph.node(
+        "QuantizeLinear",
+        &format!("{name}/quantize/QuantizeLinear"),
+        &[x, &scale, &zero_points],
+        vec![("axis", Attribute::Int(0))],
+    );
+    let scale = graph.node("Unsqueeze", &format!("{name}/quantize/Unsqueeze"), &[&scale, &last_axis], vec![]);
+    (quantized, scale)
+}
+
+fn constant_once(graph: &mut GraphBuilder<'_>, name: &str, value: f32) -> Value {
+    graph.once(name, |graph| graph.constant_f32(name, &[], &[value]))
+}
+
 impl<'c> Linear<'c> {
     /// Finds the layer `name` of `part` in the checkpoint.
     pub(crate) fn find(
@@ -59,35 +126,179 @@ impl<'c> Linear<'c> {
         has_bias: bool,
         padding: Option<HeadPadding>,
     ) -> Result<Self> {
-        let parts = |tensor: StoredTensor<'c>| match padding {
-            Some(padding) => padding.apply(&tensor),
-            None => vec![WeightPart::Stored(tensor)],
+        let parts = |tensor: StoredTensor<'c>, row_shape: &[usize]| match padding {
+            Some(padding) => Weight::of_parts(padding.apply(&tensor), row_shape),
+            None => Weight::stored(tensor),
         };
-        let weight = parts(checkpoint.tensor(part, &format!("{name}.weight"), &[out_features, in_features])?);
+        let weight = checkpoint.tensor(part, &format!("{name}.weight"), &[out_features, in_features])?;
         let bias = match has_bias {
-            true => parts(checkpoint.tensor(part, &format!("{name}.bias"), &[out_features])?),
-            false => vec![],
+            true => Some(parts(checkpoint.tensor(part, &format!("{name}.bias"), &[out_features])?, &[])),
+            false => None,
         };
-        Ok(Self { name: format!("/{name}"), in_features, weight, bias })
+        Ok(Self { name: format!("/{name}"), weight: parts(weight, &[in_features]), bias })
+    }
+
+    /// A layer without a bias, made of a weight `[out_features, in_features]`; `name` as in the checkpoint.
+    pub(crate) fn of_weight(name: &str, weight: Weight<'c>) -> Self {
+        Self { name: format!("/{name}"), weight, bias: None }
     }
 
     /// Appends the outputs of another layer with the same input.
     pub(crate) fn then(mut self, other: Self, fused_name: String) -> Self {
-        self.weight.extend(other.weight);
-        self.bias.extend(other.bias);
+        self.weight = self.weight.then(other.weight);
+        self.bias = self.bias.zip(other.bias).map(|(bias, other)| bias.then(other));
         self.name = fused_name;
         self
     }
 
-    /// `x [rows, in_features]` to `[rows, out_features]`.
-    pub(crate) fn build(self, graph: &mut GraphBuilder<'c>, x: &Value) -> Value {
-        let name = self.name.trim_start_matches('/');
-        let weight = graph.weight_of_parts(&format!("{name}.weight"), self.weight, &[self.in_features]);
-        let mut inputs = vec![x.clone(), weight];
-        if !self.bias.is_empty() {
-            inputs.push(graph.weight_of_parts(&format!("{name}.bias"), self.bias, &[]));
+    /// Takes an input whose element `j` is divided by `factors[j]`.
+    pub(crate) fn for_divided_input(mut self, factors: Option<&Rc<[f32]>>) -> Self {
+        if let Some(factors) = factors {
+            self.weight = self.weight.scale_columns(factors);
         }
-        let inputs: Vec<&Value> = inputs.iter().collect();
-        graph.node("Gemm", &format!("{}/Gemm", self.name), &inputs, vec![("transB", Attribute::Int(1))])
+        self
     }
+
+    /// Gives an output whose element `i` is divided by `factors[i]`.
+    pub(crate) fn with_divided_output(mut self, factors: Option<&[f32]>) -> Self {
+        if let Some(factors) = factors {
+            let inverse: Vec<f32> = factors.iter().map(|factor| factor.recip()).collect();
+            self.weight = self.weight.scale_rows(&inverse);
+            self.bias = self.bias.map(|bias| bias.scale_rows(&inverse));
+        }
+        self
+    }
+
+    /// `[rows, in_features]` to `[rows, out_features]`.
+    pub(crate) fn build(self, graph: &mut GraphBuilder<'c>, x: &LinearInput) -> Value {
+        let (y, scale) = self.build_unscaled(graph, x);
+        y.finish(graph, scale)
+    }
+
+    /// As [`Self::build`], with the rows of the result yet to be multiplied by the scale returned, if there is one: whoever
+    /// quantises the rows again need not.
+    pub(crate) fn build_rows(self, graph: &mut GraphBuilder<'c>, x: &LinearInput) -> (Value, Option<Value>) {
+        match self.bias.is_some() {
+            true => (self.build(graph, x), None),
+            false => {
+                let (y, scale) = self.build_unscaled(graph, x);
+                (y.value, scale)
+            }
+        }
+    }
+
+    fn build_unscaled(self, graph: &mut GraphBuilder<'c>, x: &LinearInput) -> (Product, Option<Value>) {
+        let format = graph.format().linear;
+        self.build_as(graph, x, format)
+    }
+
+    /// As [`Self::build`], in another format than the graph's other layers; `x` must have been prepared for it.
+    pub(crate) fn build_in(self, graph: &mut GraphBuilder<'c>, x: &LinearInput, format: LinearFormat) -> Value {
+        let (y, scale) = self.build_as(graph, x, format);
+        y.finish(graph, scale)
+    }
+
+    fn build_as(self, graph: &mut GraphBuilder<'c>, x: &LinearInput, format: LinearFormat) -> (Product, Option<Value>) {
+        let Self { name, weight, bias } = self;
+        match format {
+            LinearFormat::Float => {
+                let bias = bias.map(|bias| float_bias(graph, &name, bias));
+                (Product { value: gemm(graph, &name, &x.x, weight, bias), name, bias: None }, None)
+            }
+            LinearFormat::Blocks(blocks) => {
+                let bias = bias.map(|bias| float_bias(graph, &name, bias));
+                (Product { value: matmul_n_bits(graph, &name, &x.x, weight, blocks), name, bias }, None)
+            }
+            LinearFormat::Int8 { max_weight } => {
+                let bias = bias.map(|bias| float_bias(graph, &name, bias));
+                let (quantized, scale) = x.quantized.as_ref().expect("bug: the input was prepared for floats");
+                let value = q_gemm(graph, &name, quantized, ACTIVATION_ZERO_POINT, weight, max_weight);
+                (Product { value, name, bias }, Some(scale.clone()))
+            }
+        }
+    }
+}
+
+/// A product without its row scale and bias.
+struct Product {
+    value: Value,
+    name: String,
+    bias: Option<Value>,
+}
+
+impl Product {
+    fn finish(self, graph: &mut GraphBuilder<'_>, scale: Option<Value>) -> Value {
+        let Self { mut value, name, bias } = self;
+        if let Some(scale) = scale {
+            value = graph.node("Mul", &format!("{name}/Mul"), &[&value, &scale], vec![]);
+        }
+        if let Some(bias) = bias {
+            value = graph.node("Add", &format!("{name}/Add"), &[&value, &bias], vec![]);
+        }
+        value
+    }
+}
+
+fn float_bias<'c>(graph: &mut GraphBuilder<'c>, name: &str, bias: Weight<'c>) -> Value {
+    let float = graph.format().float;
+    graph.float_weight(&format!("{}.bias", name.trim_start_matches('/')), bias, float)
+}
+
+fn gemm<'c>(graph: &mut GraphBuilder<'c>, name: &str, x: &Value, weight: Weight<'c>, bias: Option<Value>) -> Value {
+    let float = graph.format().float;
+    let weight = graph.float_weight(&format!("{}.weight", name.trim_start_matches('/')), weight, float);
+    let inputs: Vec<&Value> = [x, &weight].into_iter().chain(&bias).collect();
+    graph.node("Gemm", &format!("{name}/Gemm"), &inputs, vec![("transB", Attribute::Int(1))])
+}
+
+fn matmul_n_bits<'c>(
+    graph: &mut GraphBuilder<'c>,
+    name: &str,
+    x: &Value,
+    weight: Weight<'c>,
+    format: BlockFormat,
+) -> Value {
+    let (num_rows, row_size) = (weight.num_rows() as i64, weight.row_size() as i64);
+    let weights = graph.block_weight(&format!("{}.weight", name.trim_start_matches('/')), weight, format);
+    let inputs: Vec<&Value> = std::iter::once(x).chain(&weights).collect();
+    graph.contrib_node(
+        "MatMulNBits",
+        &format!("{name}/MatMulNBits"),
+        &inputs,
+        vec![
+            ("K", Attribute::Int(row_size)),
+            ("N", Attribute::Int(num_rows)),
+            ("bits", Attribute::Int(i64::from(format.bits))),
+            ("block_size", Attribute::Int(format.block_size as i64)),
+            // Activations in int8, a scale per block: without it 8-bit decoding is two orders of magnitude slower.
+            ("accuracy_level", Attribute::Int(4)),
+        ],
+    )
+}
+
+/// `(x - zero_point) W^T * weight scales`, u8 `[rows, K]` to f32 `[rows, N]`; the integer sums are exact.
+pub(crate) fn q_gemm<'c>(
+    graph: &mut GraphBuilder<'c>,
+    name: &str,
+    x: &Value,
+    zero_point: u8,
+    weight: Weight<'c>,
+    max_weight: u8,
+) -> Value {
+    let num_rows = weight.num_rows();
+    let (weight, weight_scale) =
+        graph.int8_weight(&format!("{}.weight", name.trim_start_matches('/')), weight, max_weight);
+    let one = constant_once(graph, "/constants/one_f32", 1.0);
+    let zero_point_name = format!("/constants/u8_{zero_point}");
+    let zero_point = graph
+        .once(&zero_point_name, |graph| graph.constant_bytes(&zero_point_name, DataType::U8, &[], vec![zero_point]));
+    let zeros_name = format!("/constants/s8_zeros_{num_rows}");
+    let zeros = graph
+        .once(&zeros_name, |graph| graph.constant_bytes(&zeros_name, DataType::I8, &[num_rows], vec![0; num_rows]));
+    graph.contrib_node(
+        "QGemm",
+        &format!("{name}/QGemm"),
+        &[x, &one, &zero_point, &weight, &weight_scale, &zeros],
+        vec![("transB", Attribute::Int(1))],
+    )
 }

@@ -1,6 +1,7 @@
 //! `manifest.json`: what is in a bundle, and everything the runner needs to know about it. The runner reads names,
 //! shapes and types from here and never looks at the checkpoint.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -8,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::graph::{DataType, Dim};
 use crate::processor_config::Preprocessing;
+use crate::weight::Weight;
 
 /// Version of the manifest's layout; raised when a reader of the old one would go wrong.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// The manifest's file name.
 pub const FILE_NAME: &str = "manifest.json";
 
@@ -25,8 +27,15 @@ pub struct Manifest {
     pub producer: String,
     /// The checkpoint it was made from.
     pub source: Source,
-    /// Precision of the weights.
+    /// Precision of the decoder's weights.
     pub precision: Precision,
+    /// Precision of the weights of vision tower and projector.
+    pub vision_precision: Precision,
+    /// Type of the decoder's activations and of its KV cache.
+    pub activations: DataType,
+    /// Whether int8 weights keep within 7 bits.
+    #[serde(default)]
+    pub reduce_range: bool,
     /// Operators the graphs are made of.
     pub target: Target,
     /// Dimensions of the vision tower.
@@ -45,6 +54,9 @@ pub struct Manifest {
     pub graphs: Graphs,
     /// Every file of the bundle but this one.
     pub files: Vec<BundleFile>,
+    /// Weights outside of fp16's range, where the bundle has fp16 weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub saturated_weights: Vec<Saturation>,
     /// SHA-256 over all of this but the checkpoint's name: the bundle's identity in `run.json`.
     pub fingerprint: String,
 }
@@ -63,6 +75,31 @@ pub enum BundleKind {
 pub enum Precision {
     /// 32-bit floats.
     Fp32,
+    /// IEEE 16-bit floats.
+    Fp16,
+    /// 16-bit floats with the exponent of a 32-bit one; needs a GPU.
+    Bf16,
+    /// 8-bit integers: a scale per row of activations and per column of weights.
+    Int8,
+    /// 8-bit weights in blocks of 128 (`MatMulNBits`).
+    Int8Block,
+    /// 4-bit weights in blocks of 32 (`MatMulNBits`).
+    Int4,
+}
+
+impl Precision {
+    /// As `--precision` spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fp32 => "fp32",
+            Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int8Block => "int8-block",
+            Self::Int4 => "int4",
+        }
+    }
 }
 
 /// Which operators the graphs are made of.
@@ -71,6 +108,44 @@ pub enum Precision {
 pub enum Target {
     /// ONNX Runtime's fused operators, for its CPU and CUDA providers.
     Ort,
+    /// Standard operators only, as TensorRT's ONNX parser takes them.
+    TensorRt,
+}
+
+impl Target {
+    /// As `--target` spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ort => "ort",
+            Self::TensorRt => "tensorrt",
+        }
+    }
+
+    /// Version of the standard operators. 23 is the first with `RMSNormalization`, and the last at which ONNX Runtime's CUDA
+    /// provider has `Cast`, `Reshape`, `Shape` and `Transpose` everywhere (kernel registrations of 1.25). 20 is what TensorRT
+    /// 10.0's parser takes (onnx-tensorrt 10.0-GA, docs/operators.md), and the first with `Gelu`.
+    pub(crate) fn opset(self) -> i64 {
+        match self {
+            Self::Ort => 23,
+            Self::TensorRt => 20,
+        }
+    }
+
+    /// ONNX IR version that goes with the operators' version.
+    pub(crate) fn ir_version(self) -> i64 {
+        match self {
+            Self::Ort => 11,
+            Self::TensorRt => 9,
+        }
+    }
+
+    /// Whether the decoder updates its KV cache in place when past and present are one buffer. TensorRT promises nothing
+    /// for an output that is also an input, so there they must be two.
+    #[must_use]
+    pub fn updates_cache_in_place(self) -> bool {
+        self == Self::Ort
+    }
 }
 
 /// Where a bundle comes from.
@@ -138,6 +213,12 @@ pub struct PixelValues {
 pub enum PixelLayout {
     /// `[batch, channels, height, width]`, normalised.
     Nchw,
+    /// `[batch, 1 + patches, channels * patch * patch]`: samples as they are, patches from left to right and top to bottom;
+    /// row 0 is filled with `zero_point`.
+    Patches {
+        /// The sample that counts as zero.
+        zero_point: u8,
+    },
 }
 
 /// How a prompt becomes token ids.
@@ -173,8 +254,52 @@ pub struct GraphFile {
     pub inputs: Vec<TensorSpec>,
     /// Outputs in order.
     pub outputs: Vec<TensorSpec>,
+    /// Sizes of the free dimensions, for engines that are built for a range of shapes.
+    pub profile: BTreeMap<String, DimRange>,
     /// Weights of the checkpoint in it.
     pub num_parameters: usize,
+}
+
+/// Sizes that a free dimension takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DimRange {
+    /// Smallest.
+    pub min: usize,
+    /// The one to optimise for.
+    pub opt: usize,
+    /// Largest.
+    pub max: usize,
+}
+
+/// Weights that lie outside of fp16's range and were set to its end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Saturation {
+    /// The checkpoint's tensors.
+    pub tensors: Vec<String>,
+    /// How many values.
+    pub count: usize,
+    /// The largest magnitude among them.
+    pub largest: f32,
+}
+
+impl Saturation {
+    pub(crate) fn new(weight: &Weight<'_>) -> Self {
+        let tensors = weight.tensor_names().into_iter().map(str::to_owned).collect();
+        Self { tensors, count: 0, largest: 0.0 }
+    }
+
+    /// Brings `values` into fp16's range and counts those that were outside.
+    pub(crate) fn saturate(&mut self, values: &mut [f32]) {
+        let max = half::f16::MAX.to_f32();
+        if values.iter().all(|value| value.abs() <= max) {
+            return;
+        }
+        for value in values.iter_mut().filter(|value| value.abs() > max) {
+            self.count += 1;
+            self.largest = self.largest.max(value.abs());
+            *value = value.clamp(-max, max);
+        }
+    }
 }
 
 /// A graph input or output.

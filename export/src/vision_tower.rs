@@ -1,23 +1,49 @@
-//! The CLIP vision tower as a graph: `pixel_values` `[batch, 3, side, side]` to `vision_features`
-//! `[batch, num_image_tokens, feature_size]`. Layers above the selected hidden state are left out.
+//! The CLIP vision tower as a graph: `pixel_values` to `vision_features` `[batch, num_image_tokens, feature_size]`. Layers
+//! above the selected hidden state are left out.
+//!
+//! `pixel_values` are f32 `[batch, 3, side, side]`, normalised, or with int8 weights the picture's own u8 samples in patches
+//! `[batch, 1 + patches, 3 * patch * patch]`: then the first product is an integer one and the normalisation is in its
+//! weights. Row 0 of those stands for the class token and is filled with [`PATCH_ZERO_POINT`].
+
+use std::rc::Rc;
 
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::VisionConfig;
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, Value};
-use crate::linear::Linear;
+use crate::linear::{Linear, LinearInput, q_gemm};
+use crate::manifest::Target;
+use crate::norm::layer_norm;
+use crate::precision::{GraphFormat, LinearFormat};
+use crate::processor_config::Preprocessing;
+use crate::weight::Weight;
 
 const PART: Part = Part::VisionTower;
+
+/// The sample that counts as zero in u8 patches: near the mean, so that the integers' rounding weighs least.
+pub const PATCH_ZERO_POINT: u8 = 120;
+/// Images of one run that TensorRT's profiles are made for, and the usual number.
+pub(crate) const BATCH_RANGE: (usize, usize, usize) = (1, 8, 64);
 
 /// Builds the tower's graph.
 ///
 /// ```text
-/// pixel_values -> Conv -> patches [B, N, C] -> Pad (row 0) -> + position (row 0: + class token) -> LayerNorm
+/// pixel_values -> patches + class token + positions [B * tokens, C] -> LayerNorm
 ///              -> encoder layers -> hidden states selected -> class token dropped -> vision_features
 /// ```
-pub(crate) fn build<'c>(checkpoint: &'c Checkpoint, config: &VisionConfig) -> Result<GraphBuilder<'c>> {
-    let mut tower = Tower { graph: GraphBuilder::new("vision_tower"), checkpoint, config };
-    let mut hidden = tower.embeddings()?;
+pub(crate) fn build<'c>(
+    checkpoint: &'c Checkpoint,
+    config: &VisionConfig,
+    preprocessing: &Preprocessing,
+    format: GraphFormat,
+) -> Result<GraphBuilder<'c>> {
+    let mut graph = GraphBuilder::new("vision_tower", format);
+    graph.dim_range("batch", BATCH_RANGE);
+    let mut tower = Tower { graph, checkpoint, config };
+    let mut hidden = match format.linear {
+        LinearFormat::Int8 { max_weight } => tower.patch_embeddings(preprocessing, max_weight)?,
+        LinearFormat::Float | LinearFormat::Blocks(_) => tower.embeddings()?,
+    };
     let mut states = vec![hidden.clone()];
     for layer in 0..config.num_layers() {
         hidden = tower.encoder_layer(layer, &hidden)?;
@@ -34,15 +60,18 @@ struct Tower<'c, 'v> {
     config: &'v VisionConfig,
 }
 
-impl Tower<'_, '_> {
+impl<'c> Tower<'c, '_> {
     /// Pixels to the encoder's input, `[batch * tokens, hidden]`.
     ///
-    /// The class token is added to row 0 of the position table here, so that one `Pad` (a zero row before the
-    /// patches) and one `Add` make the sequence without any computed shape.
+    /// ```text
+    /// pixel_values -+-> Conv -> [B, C, N] -> Transpose -> [B, N, C] ------------\
+    ///               \-> Shape -> [B, 1, 1] -> Expand(class token) -> [B, 1, C] --+-> Concat -> + positions -> LN
+    /// ```
     fn embeddings(&mut self) -> Result<Value> {
         let VisionConfig { hidden_size, image_size, patch_size, .. } = *self.config;
         let num_tokens = self.config.num_patches() + 1;
         let graph = &mut self.graph;
+        let float = graph.format().float;
         let side = Dim::from(image_size);
         let pixels = graph.input("pixel_values", DataType::F32, vec!["batch".into(), 3.into(), side.clone(), side]);
 
@@ -50,10 +79,11 @@ impl Tower<'_, '_> {
         let kernel = self.checkpoint.tensor(PART, name, &[hidden_size, 3, patch_size, patch_size])?;
         let kernel = graph.weight(name, kernel);
         let patch = patch_size as i64;
+        let samples = graph.cast("/embeddings/pixel_values", &pixels, DataType::F32, float);
         let patches = graph.node(
             "Conv",
             "/embeddings/patch_embedding/Conv",
-            &[&pixels, &kernel],
+            &[&samples, &kernel],
             vec![("kernel_shape", Attribute::Ints(vec![patch; 2])), ("strides", Attribute::Ints(vec![patch; 2]))],
         );
         let flat = graph.shape(&[0, hidden_size as i64, self.config.num_patches() as i64]);
@@ -64,18 +94,77 @@ impl Tower<'_, '_> {
             &[&patches],
             vec![("perm", Attribute::Ints(vec![0, 2, 1]))],
         );
-        let pads = graph.shape(&[0, 1, 0, 0, 0, 0]);
-        let padded = graph.node("Pad", "/embeddings/Pad", &[&patches, &pads], vec![]); // [B, 1 + N, C]
-
         let class = self.checkpoint.tensor(PART, "embeddings.class_embedding", &[hidden_size])?.read_f32()?;
+        let class = graph.weight_values("embeddings.class_embedding", &[1, 1, hidden_size], &class);
+        let bounds = vec![("start", Attribute::Int(0)), ("end", Attribute::Int(1))];
+        let batch = graph.node("Shape", "/embeddings/Shape", &[&pixels], bounds);
+        let ones = graph.shape(&[1, 1]);
+        let first_axis = vec![("axis", Attribute::Int(0))];
+        let class_shape = graph.node("Concat", "/embeddings/Concat", &[&batch, &ones], first_axis);
+        let class = graph.node("Expand", "/embeddings/Expand", &[&class, &class_shape], vec![]);
+        let token_axis = vec![("axis", Attribute::Int(1))];
+        let tokens = graph.node("Concat", "/embeddings/Concat_1", &[&class, &patches], token_axis); // [B, 1 + N, C]
+
         let name = "embeddings.position_embedding.weight";
-        let mut positions = self.checkpoint.tensor(PART, name, &[num_tokens, hidden_size])?.read_f32()?;
-        positions.iter_mut().zip(class).for_each(|(position, class)| *position += class);
-        let positions = graph.weight_values("embeddings.class_and_position", &[num_tokens, hidden_size], &positions);
-        let embedded = graph.node("Add", "/embeddings/Add", &[&padded, &positions], vec![]);
+        let positions = self.checkpoint.tensor(PART, name, &[num_tokens, hidden_size])?;
+        let positions = graph.weight(name, positions);
+        let embedded = graph.node("Add", "/embeddings/Add", &[&tokens, &positions], vec![]);
         let rows = graph.shape(&[-1, hidden_size as i64]);
         let embedded = graph.node("Reshape", "/embeddings/Reshape_1", &[&embedded, &rows], vec![]);
         // The misspelling is the checkpoint's.
+        self.layer_norm("pre_layrnorm", &embedded)
+    }
+
+    /// u8 patches to the encoder's input. With `v` the samples, `z` the zero point, `a v + b` the normalisation of a channel
+    /// and `W` the kernel, `W (a v + b) = (W a) (v - z) + W (a z + b)`: an integer product, and a constant that joins the
+    /// positions. Row 0 is all `z`, so that only its class token and position are left.
+    ///
+    /// ```text
+    /// pixel_values -> Reshape [rows, 3pp] -> QGemm -> Reshape [B, tokens, C] -> + class, positions, constant -> LN
+    /// ```
+    fn patch_embeddings(&mut self, preprocessing: &Preprocessing, max_weight: u8) -> Result<Value> {
+        let VisionConfig { hidden_size, patch_size, .. } = *self.config;
+        let (num_tokens, patch_area) = (self.config.num_patches() + 1, patch_size * patch_size);
+        let channels = |value: &dyn Fn(usize) -> f32| -> Vec<f32> {
+            (0..3).flat_map(|channel| std::iter::repeat_n(value(channel), patch_area)).collect()
+        };
+        let Preprocessing { rescale_factor, image_mean, image_std, .. } = preprocessing;
+        let zero = f32::from(PATCH_ZERO_POINT);
+        let factors: Rc<[f32]> = channels(&|channel| rescale_factor / image_std[channel]).into();
+        let offsets = channels(&|channel| (rescale_factor * zero - image_mean[channel]) / image_std[channel]);
+
+        let name = "embeddings.patch_embedding.weight";
+        let kernel = self.checkpoint.tensor(PART, name, &[hidden_size, 3, patch_size, patch_size])?;
+        let kernel = Weight::stored(kernel).flat();
+        let values = kernel.read_f32()?;
+        let rows = values.chunks_exact(offsets.len());
+        let constant: Vec<f32> =
+            rows.map(|row| row.iter().zip(&offsets).map(|(weight, offset)| weight * offset).sum()).collect();
+        let class = self.checkpoint.tensor(PART, "embeddings.class_embedding", &[hidden_size])?.read_f32()?;
+        let positions_name = "embeddings.position_embedding.weight";
+        let positions = self.checkpoint.tensor(PART, positions_name, &[num_tokens, hidden_size])?;
+        let mut positions = positions.read_f32()?;
+        for (token, row) in positions.chunks_exact_mut(hidden_size).enumerate() {
+            let added = if token == 0 { &class } else { &constant };
+            row.iter_mut().zip(added).for_each(|(position, added)| *position += added);
+        }
+
+        let graph = &mut self.graph;
+        let patch_size = 3 * patch_area;
+        let shape = vec!["batch".into(), num_tokens.into(), patch_size.into()];
+        let pixels = graph.input("pixel_values", DataType::U8, shape);
+        let rows = graph.shape(&[-1, patch_size as i64]);
+        let patches = graph.node("Reshape", "/embeddings/Reshape", &[&pixels, &rows], vec![]);
+        let kernel = kernel.scale_columns(&factors);
+        let layer = "/embeddings/patch_embedding";
+        let embedded = q_gemm(graph, layer, &patches, PATCH_ZERO_POINT, kernel, max_weight);
+        let batched = graph.shape(&[-1, num_tokens as i64, hidden_size as i64]);
+        let embedded = graph.node("Reshape", "/embeddings/Reshape_1", &[&embedded, &batched], vec![]);
+        let dims = [num_tokens, hidden_size];
+        let positions = graph.weight_values("embeddings.class_and_position", &dims, &positions);
+        let embedded = graph.node("Add", "/embeddings/Add", &[&embedded, &positions], vec![]);
+        let rows = graph.shape(&[-1, hidden_size as i64]);
+        let embedded = graph.node("Reshape", "/embeddings/Reshape_2", &[&embedded, &rows], vec![]);
         self.layer_norm("pre_layrnorm", &embedded)
     }
 
@@ -91,8 +180,10 @@ impl Tower<'_, '_> {
         let x = self.graph.node("Add", &format!("/{prefix}/Add"), &[x, &attended], vec![]);
 
         let normed = self.layer_norm(&format!("{prefix}.layer_norm2"), &x)?;
+        let normed = self.input(&format!("{prefix}.mlp.fc1"), &normed);
         let widened = self.linear(&format!("{prefix}.mlp.fc1"), (hidden_size, intermediate_size), &normed)?;
         let activated = activation.build(&mut self.graph, &format!("/{prefix}/mlp"), &widened);
+        let activated = self.input(&format!("{prefix}.mlp.fc2"), &activated);
         let narrowed = self.linear(&format!("{prefix}.mlp.fc2"), (intermediate_size, hidden_size), &activated)?;
         Ok(self.graph.node("Add", &format!("/{prefix}/Add_1"), &[&x, &narrowed], vec![]))
     }
@@ -102,9 +193,10 @@ impl Tower<'_, '_> {
         let head_dim = hidden_size / num_heads;
         let num_tokens = self.config.num_patches() + 1;
         let mut heads = Vec::with_capacity(3);
+        let x = self.input(prefix, x);
         for projection in ["q_proj", "k_proj", "v_proj"] {
             let name = format!("{prefix}.{projection}");
-            let flat = self.linear(&name, (hidden_size, hidden_size), x)?;
+            let flat = self.linear(&name, (hidden_size, hidden_size), &x)?;
             let shape = self.graph.shape(&[-1, num_tokens as i64, num_heads as i64, head_dim as i64]);
             let split = self.graph.node("Reshape", &format!("/{name}/Reshape"), &[&flat, &shape], vec![]);
             let perm = vec![("perm", Attribute::Ints(vec![0, 2, 1, 3]))];
@@ -113,12 +205,7 @@ impl Tower<'_, '_> {
         let [query, key, value] = &heads[..] else { unreachable!("three projections") };
         let graph = &mut self.graph;
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let scores = graph.contrib_node(
-            "FusedMatMul",
-            &format!("/{prefix}/FusedMatMul"),
-            &[query, key],
-            vec![("alpha", Attribute::Float(scale)), ("transB", Attribute::Int(1))],
-        );
+        let scores = scaled_products(graph, prefix, query, key, scale);
         let weights =
             graph.node("Softmax", &format!("/{prefix}/Softmax"), &[&scores], vec![("axis", Attribute::Int(-1))]);
         let mixed = graph.node("MatMul", &format!("/{prefix}/MatMul"), &[&weights, value], vec![]);
@@ -126,6 +213,7 @@ impl Tower<'_, '_> {
         let mixed = graph.node("Transpose", &format!("/{prefix}/Transpose"), &[&mixed], perm);
         let rows = graph.shape(&[-1, hidden_size as i64]);
         let mixed = graph.node("Reshape", &format!("/{prefix}/Reshape"), &[&mixed, &rows], vec![]);
+        let mixed = self.input(&format!("{prefix}.out_proj"), &mixed);
         self.linear(&format!("{prefix}.out_proj"), (hidden_size, hidden_size), &mixed)
     }
 
@@ -142,7 +230,8 @@ impl Tower<'_, '_> {
             }
         };
         let shape = vec!["batch".into(), self.config.num_image_tokens().into(), feature_size.into()];
-        let output = graph.output("vision_features", DataType::F32, shape);
+        let float = graph.format().float;
+        let output = graph.output("vision_features", float, shape);
         let batched = graph.shape(&[-1, num_tokens as i64, feature_size as i64]);
         if self.config.keep_class_token {
             graph.node_named("", "Reshape", "/select/Reshape", &[&joined, &batched], &[output], vec![]);
@@ -160,15 +249,30 @@ impl Tower<'_, '_> {
         let bias = self.checkpoint.tensor(PART, &bias_name, &[size])?;
         let weight = self.graph.weight(&weight_name, weight);
         let bias = self.graph.weight(&bias_name, bias);
-        Ok(self.graph.node(
-            "LayerNormalization",
-            &format!("/{name}/LayerNormalization"),
-            &[x, &weight, &bias],
-            vec![("axis", Attribute::Int(-1)), ("epsilon", Attribute::Float(self.config.layer_norm_eps))],
-        ))
+        Ok(layer_norm(&mut self.graph, name, x, (&weight, &bias), self.config.layer_norm_eps))
     }
 
-    fn linear(&mut self, name: &str, features: (usize, usize), x: &Value) -> Result<Value> {
+    fn linear(&mut self, name: &str, features: (usize, usize), x: &LinearInput) -> Result<Value> {
         Ok(Linear::find(self.checkpoint, PART, name, features, true)?.build(&mut self.graph, x))
     }
+
+    fn input(&mut self, name: &str, x: &Value) -> LinearInput {
+        let format = self.graph.format().linear;
+        LinearInput::new(&mut self.graph, format, &format!("/{name}"), x)
+    }
+}
+
+/// `query key^T * scale`, both `[B, heads, tokens, d]`. Without the fused operator the scale goes to the query, which is what
+/// TensorRT fuses.
+fn scaled_products(graph: &mut GraphBuilder<'_>, prefix: &str, query: &Value, key: &Value, scale: f32) -> Value {
+    if graph.format().target == Target::Ort {
+        let attributes = vec![("alpha", Attribute::Float(scale)), ("transB", Attribute::Int(1))];
+        return graph.contrib_node("FusedMatMul", &format!("/{prefix}/FusedMatMul"), &[query, key], attributes);
+    }
+    let scale = graph
+        .once("/constants/attention_scale", |graph| graph.constant_float("/constants/attention_scale", &[], &[scale]));
+    let query = graph.node("Mul", &format!("/{prefix}/Mul"), &[query, &scale], vec![]);
+    let perm = vec![("perm", Attribute::Ints(vec![0, 1, 3, 2]))];
+    let key = graph.node("Transpose", &format!("/{prefix}/Transpose_1"), &[key], perm);
+    graph.node("MatMul", &format!("/{prefix}/MatMul_1"), &[&query, &key], vec![])
 }

@@ -1,20 +1,32 @@
 //! `recaption export`.
 
+use std::path::Path;
 use std::time::Instant;
 
-use recaption_export::{ExportOptions, Manifest, Precision, Target};
+use recaption_export::{Calibration, ExportOptions, Manifest, Precision, Rounding, Target};
 
-use crate::cli::{ExportArgs, PrecisionArg, TargetArg};
+use crate::cli::{ActivationsArg, ExportArgs, RoundingArg, TargetArg};
 use crate::commands::Outcome;
 use crate::error::Error;
+use crate::model::Tokenizer;
 
 pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     let options = ExportOptions {
-        precision: match args.precision {
-            PrecisionArg::Fp32 => Precision::Fp32,
+        precision: args.precision.into(),
+        vision_precision: args.vision_precision.map(Precision::from),
+        activations: args.activations.map(|activations| match activations {
+            ActivationsArg::Fp32 => Precision::Fp32,
+            ActivationsArg::Fp16 => Precision::Fp16,
+        }),
+        rounding: match args.rounding {
+            RoundingArg::Nearest => Rounding::Nearest,
+            RoundingArg::Search => Rounding::Search,
         },
+        calibration: calibration(args)?,
+        reduce_range: args.reduce_range,
         target: match args.target {
             TargetArg::Ort => Target::Ort,
+            TargetArg::Tensorrt => Target::TensorRt,
         },
         vision_tower: args.vision_tower.clone(),
         lora: args.lora.clone(),
@@ -33,6 +45,14 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     if manifest.stop_token_ids.is_empty() {
         eprintln!("warning: the checkpoint names no stop token: every caption will have --max-new-tokens tokens");
     }
+    for saturation in &manifest.saturated_weights {
+        eprintln!(
+            "warning: {} value(s) of `{}` do not fit fp16 (largest {:e}) and were set to its end; try --precision bf16",
+            saturation.count,
+            saturation.tensors.join("`, `"),
+            saturation.largest
+        );
+    }
     eprintln!(
         "exported `{}` to `{}` in {:.1} s\n{}",
         args.checkpoint.display(),
@@ -41,6 +61,21 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         describe(&manifest)
     );
     Ok(Outcome::Success)
+}
+
+fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
+    let path = match args.calibration.as_str() {
+        "random" => return Ok(Calibration::Random),
+        "none" => return Ok(Calibration::None),
+        path => Path::new(path),
+    };
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let tokenizer = match &args.tokenizer {
+        Some(path) if path.is_dir() => path.join("tokenizer.json"),
+        Some(path) => path.clone(),
+        None => args.checkpoint.join("tokenizer.json"),
+    };
+    Ok(Calibration::Tokens(Tokenizer::open(&tokenizer)?.encode(&text)?))
 }
 
 fn describe(manifest: &Manifest) -> String {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
+use recaption_export::{Manifest, Precision};
 use serde_json::{Value, json};
 
 use crate::cli::RunArgs;
@@ -15,7 +16,7 @@ use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
 use crate::pipeline::load::LoadLimits;
-use crate::pipeline::vision::decoder_device;
+use crate::pipeline::vision::{check_device, decoder_device};
 use crate::pipeline::write::{Format, Sink, write_atomically};
 use crate::pipeline::{RunOptions, Summary};
 use crate::runtime::{Device, ProviderChoice, load_library, provider};
@@ -136,22 +137,27 @@ fn choose_devices(choice: ProviderChoice, args: &RunArgs, bundle: &Bundle) -> Re
     load_library()?;
     let on_gpus = |device: fn(i32) -> Device| args.device.iter().map(|&index| device(index)).collect();
     let on_cpu = || vec![Device::Cpu; usize::from(args.engines)];
-    let precision = bundle.manifest.precision;
+    let manifest = &bundle.manifest;
     let (devices, reason): (Vec<Device>, _) = match choice {
         ProviderChoice::Cpu => (on_cpu(), None),
         ProviderChoice::Cuda => (on_gpus(Device::Cuda), None),
         ProviderChoice::TensorRt => (on_gpus(Device::TensorRt), None),
         ProviderChoice::Auto => match provider::probe_cuda() {
-            Ok(()) if decoder_device(Device::Cuda(0), precision) == Device::Cpu => (
+            Ok(()) if check_device(Device::Cuda(0), manifest).is_err() => {
+                (on_cpu(), Some(format!("CUDA does not run {} bundles", manifest.precision.name())))
+            }
+            Ok(()) if decoder_device(Device::Cuda(0), manifest) == Device::Cpu => (
                 on_cpu(),
-                Some("CUDA has no attention for fp32 bundles; --provider cuda runs the vision tower there".to_owned()),
+                Some("CUDA has no attention in fp32; --provider cuda runs the vision tower there".to_owned()),
             ),
             Ok(()) => (on_gpus(Device::Cuda), None),
             Err(reason) => (on_cpu(), Some(reason)),
         },
     };
     let device = devices.first().copied().unwrap_or(Device::Cpu);
-    let decoder = decoder_device(device, precision);
+    check_device(device, manifest)?;
+    check_cpu(device, manifest)?;
+    let decoder = decoder_device(device, manifest);
     let mut line = format!("provider: {}", device.name());
     if decoder != device {
         line.push_str(&format!(", decoder: {}", decoder.name()));
@@ -163,6 +169,29 @@ fn choose_devices(choice: ProviderChoice, args: &RunArgs, bundle: &Bundle) -> Re
         let _ = writeln!(std::io::stderr(), "{line}");
     }
     Ok(devices)
+}
+
+/// # Errors
+/// [`Error::Setting`] when this processor would sum the bundle's integers wrongly.
+fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
+    let is_int8 = [manifest.precision, manifest.vision_precision].contains(&Precision::Int8);
+    if device != Device::Cpu || !is_int8 || manifest.reduce_range || sums_8_bit_products_exactly() {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        reason: "this processor has no VNNI: ONNX Runtime's sums of 8-bit products would overflow".to_owned(),
+        hint: "export again with --reduce-range (7-bit weights), or with --precision int8-block".to_owned(),
+    })
+}
+
+/// Whether u8 x s8 products are summed in 32 bits. x86 without VNNI adds pairs of them in 16 bits, which saturate.
+fn sums_8_bit_products_exactly() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        std::is_x86_feature_detected!("avx512vnni") || std::is_x86_feature_detected!("avxvnni")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    true
 }
 
 fn engine_options(

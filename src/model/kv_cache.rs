@@ -1,5 +1,6 @@
 //! Keys and values of all captions in flight: per layer one buffer `[slots, kv_heads, max_length, head_dim]`, so that a
-//! slot is a contiguous piece. The decoder reads and writes it in place: past and present are the same memory.
+//! slot is a contiguous piece. The decoder reads and writes it in place: past and present are the same memory. A decoder
+//! that cannot do that (of target tensorrt) gets two sets of buffers and goes from one to the other.
 //!
 //! Active captions fill slots `0..n` without gaps; [`KvCache::move_slot`] closes a gap when one ends.
 
@@ -11,10 +12,22 @@ use crate::runtime::session::{Binding, Session};
 
 /// The cache of one engine.
 pub(crate) struct KvCache {
-    /// Keys and values of each layer.
-    layers: Vec<[Buffer; 2]>,
+    /// Keys and values of each layer: those of the active captions.
+    current: Vec<[Buffer; 2]>,
+    /// Where a decode step puts them, unless it works in place.
+    next: Option<Vec<[Buffer; 2]>>,
+    num_swaps: usize,
     shape: CacheShape,
     max_length: usize,
+}
+
+/// Which slots a run reads, and where it leaves them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CacheUse {
+    /// New captions: nothing is read.
+    Prefill,
+    /// Active captions: one token is added. Call [`KvCache::advance`] after the run.
+    Decode,
 }
 
 /// Shape of the cache of one slot, as the decoder's graph declares it.
@@ -23,17 +36,23 @@ pub(crate) struct CacheShape {
     num_layers: usize,
     num_kv_heads: usize,
     head_dim: usize,
+    dtype: DataType,
+    is_in_place: bool,
 }
 
 impl CacheShape {
     /// # Errors
     /// [`Error::Setting`] when the manifest's decoder has no cache inputs of the expected form.
     pub(crate) fn of(manifest: &Manifest) -> Result<Self> {
-        let shape = manifest.graphs.decoder.inputs.iter().find(|input| input.name == "past_key_values.0.key");
-        match shape.map(|input| input.shape.as_slice()) {
-            Some([Dim::Named(_), Dim::Fixed(num_kv_heads), Dim::Named(_), Dim::Fixed(head_dim)]) => {
-                Ok(Self { num_layers: manifest.decoder.num_layers, num_kv_heads: *num_kv_heads, head_dim: *head_dim })
-            }
+        let input = manifest.graphs.decoder.inputs.iter().find(|input| input.name == "past_key_values.0.key");
+        match input.map(|input| (input.shape.as_slice(), input.dtype)) {
+            Some(([Dim::Named(_), Dim::Fixed(num_kv_heads), Dim::Named(_), Dim::Fixed(head_dim)], dtype)) => Ok(Self {
+                num_layers: manifest.decoder.num_layers,
+                num_kv_heads: *num_kv_heads,
+                head_dim: *head_dim,
+                dtype,
+                is_in_place: manifest.target.updates_cache_in_place(),
+            }),
             found => Err(Error::Setting {
                 reason: format!(
                     "decoder input `past_key_values.0.key`: expected [batch, heads, length, width], got {found:?}"
@@ -45,7 +64,8 @@ impl CacheShape {
 
     /// Bytes that one slot of `max_length` tokens takes.
     pub(crate) fn bytes_per_slot(self, max_length: usize) -> usize {
-        2 * self.num_layers * self.num_kv_heads * max_length * self.head_dim * DataType::F32.size()
+        let num_copies = if self.is_in_place { 1 } else { 2 };
+        2 * num_copies * self.num_layers * self.num_kv_heads * max_length * self.head_dim * self.dtype.size()
     }
 }
 
@@ -53,20 +73,41 @@ impl KvCache {
     /// Allocates `num_slots` slots of `max_length` tokens in the memory of the decoder's device.
     pub(crate) fn new(decoder: &Session, shape: CacheShape, num_slots: usize, max_length: usize) -> Result<Self> {
         let num_elements = num_slots * shape.num_kv_heads * max_length * shape.head_dim;
-        let buffer = || decoder.device_buffer(DataType::F32, num_elements);
-        let layers = (0..shape.num_layers).map(|_| Ok([buffer()?, buffer()?])).collect::<Result<_>>()?;
-        Ok(Self { layers, shape, max_length })
+        let buffer = || decoder.device_buffer(shape.dtype, num_elements);
+        let layers = || (0..shape.num_layers).map(|_| Ok([buffer()?, buffer()?])).collect::<Result<Vec<[Buffer; 2]>>>();
+        let next = if shape.is_in_place { None } else { Some(layers()?) };
+        Ok(Self { current: layers()?, next, num_swaps: 0, shape, max_length })
     }
 
     /// Binds slots `first..first + count` as the decoder's past and present.
-    pub(crate) fn bind(&self, binding: &mut Binding, first: usize, count: usize) -> Result<()> {
-        for (layer, buffers) in self.layers.iter().enumerate() {
-            for (buffer, kind) in buffers.iter().zip(["key", "value"]) {
-                binding.bind_input(&format!("past_key_values.{layer}.{kind}"), &self.view(buffer, first, count)?)?;
-                binding.bind_output(&format!("present.{layer}.{kind}"), self.view(buffer, first, count)?)?;
+    pub(crate) fn bind(&self, binding: &mut Binding, first: usize, count: usize, usage: CacheUse) -> Result<()> {
+        let next = self.next.as_ref().unwrap_or(&self.current);
+        let (past, present) = match usage {
+            CacheUse::Prefill => (next, &self.current),
+            CacheUse::Decode => (&self.current, next),
+        };
+        for layer in 0..self.shape.num_layers {
+            for (index, kind) in ["key", "value"].into_iter().enumerate() {
+                let past = self.view(&past[layer][index], first, count)?;
+                binding.bind_input(&format!("past_key_values.{layer}.{kind}"), &past)?;
+                let present = self.view(&present[layer][index], first, count)?;
+                binding.bind_output(&format!("present.{layer}.{kind}"), present)?;
             }
         }
         Ok(())
+    }
+
+    /// Takes what a decode step over all active slots has left as the current state.
+    pub(crate) fn advance(&mut self) {
+        if let Some(next) = &mut self.next {
+            std::mem::swap(&mut self.current, next);
+            self.num_swaps += 1;
+        }
+    }
+
+    /// Which of the sets of buffers is the current one: bindings made for one do not serve the other.
+    pub(crate) fn parity(&self) -> usize {
+        self.num_swaps % 2
     }
 
     fn view(&self, buffer: &Buffer, first: usize, count: usize) -> Result<TensorView> {
@@ -81,15 +122,17 @@ impl KvCache {
     /// Copies the first `length` tokens of slot `from` into slot `to`.
     pub(crate) fn move_slot(&mut self, from: usize, to: usize, length: usize) -> Result<()> {
         let (slot_size, head_size) = (self.slot_size(), self.max_length * self.shape.head_dim);
-        for buffer in self.layers.iter_mut().flatten() {
+        let element_size = self.shape.dtype.size();
+        for buffer in self.current.iter_mut().flatten() {
             if !buffer.is_host() {
                 buffer.copy_within_device(from * slot_size, to * slot_size, slot_size)?;
                 continue;
             }
-            let values = buffer.as_mut_slice::<f32>();
+            let bytes = buffer.as_mut_bytes();
             for head in 0..self.shape.num_kv_heads {
-                let source = from * slot_size + head * head_size;
-                values.copy_within(source..source + length * self.shape.head_dim, to * slot_size + head * head_size);
+                let source = (from * slot_size + head * head_size) * element_size;
+                let target = (to * slot_size + head * head_size) * element_size;
+                bytes.copy_within(source..source + length * self.shape.head_dim * element_size, target);
             }
         }
         Ok(())

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::model::sequence::{Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
 use crate::pipeline::generate::{Generator, GeneratorOptions};
-use crate::pipeline::preprocess::PreprocessedImage;
+use crate::pipeline::preprocess::{PixelValues, PreprocessedImage};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Generated, Message, Row, RowDraft};
 use crate::pipeline::vision::{VisionEncoder, decoder_device};
@@ -50,7 +50,7 @@ impl<T> Engine<T> {
         // Of an engine's sessions only the decoder's threads spin: the token loop is what they must not be late for.
         let session = |device, spin| SessionOptions { device, num_threads: options.num_threads, spin };
         let vision_batch = options.vision_batch.min(options.num_slots);
-        let decoder = decoder_device(options.device, bundle.manifest.precision);
+        let decoder = decoder_device(options.device, &bundle.manifest);
         let vision = VisionEncoder::open(bundle, session(options.device, false), decoder, vision_batch)?;
         let generator_options = GeneratorOptions {
             num_slots: options.num_slots,
@@ -62,14 +62,14 @@ impl<T> Engine<T> {
     }
 
     /// Logits of the first caption token of each image, `[images, vocab]` row by row; `pixel_values` is
-    /// `[3, side, side]` per image. Starts no caption.
+    /// in the bundle's format. Starts no caption.
     ///
     /// # Errors
     /// ONNX Runtime's.
     ///
     /// # Panics
     /// With more images than free slots or than the vision batch.
-    pub fn prefill_logits(&mut self, pixel_values: &[&[f32]]) -> Result<Vec<f32>> {
+    pub fn prefill_logits(&mut self, pixel_values: &[&PixelValues]) -> Result<Vec<f32>> {
         let features = self.vision.encode(pixel_values.iter().copied())?;
         self.generator.prefill_logits(pixel_values.len(), &features)
     }
@@ -105,7 +105,7 @@ pub(crate) fn run(mut engine: Engine<RowDraft>, channels: &EngineChannels<'_>) -
         if !images.is_empty() {
             enter(Stage::Vision);
             let failed = |stage| move |source: Error| Error::Stage { stage, source: Box::new(source) };
-            let pixels = images.iter().map(|image| image.pixel_values.as_slice());
+            let pixels = images.iter().map(|image| image.pixel_values.values());
             let features = engine.vision.encode(pixels).map_err(failed(Stage::Vision))?;
             enter(Stage::Prefill);
             let drafts = images.into_iter().map(|image| image.draft).collect();

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use recaption_export::{DataType, DecoderDims, IMAGE_INDEX_TEXT};
 
 use crate::error::Result;
-use crate::model::kv_cache::{CacheShape, KvCache};
+use crate::model::kv_cache::{CacheShape, CacheUse, KvCache};
 use crate::model::sequence::{Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
 use crate::runtime::buffer::{Buffer, TensorView};
@@ -34,7 +34,8 @@ pub(crate) struct Generator<T> {
     num_slots: usize,
     prefill: StepBuffers,
     decode: StepBuffers,
-    decode_bindings: HashMap<usize, Binding>,
+    /// By batch and by the cache's parity.
+    decode_bindings: HashMap<(usize, usize), Binding>,
     /// One row that decode steps bind as `image_features`, and never read.
     no_features: Buffer,
     active: Vec<Sequence<T>>,
@@ -73,20 +74,22 @@ struct StepBuffers {
     image_index: Buffer,
     /// `[batch]`: tokens of each sequence after this run, less one.
     seqlens_k: Buffer,
-    /// `[]`: the longest of them, not less one.
+    /// `[]`: the longest of them, not less one; bound where the decoder has that input.
     total_sequence_length: Buffer,
+    has_total: bool,
     /// `[batch]`
     next_ids: Buffer,
     sequence: usize,
 }
 
 impl StepBuffers {
-    fn new(max_batch: usize, sequence: usize) -> Result<Self> {
+    fn new(max_batch: usize, sequence: usize, has_total: bool) -> Result<Self> {
         Ok(Self {
             input_ids: Buffer::host(DataType::I64, max_batch * sequence)?,
             image_index: Buffer::host(DataType::I64, max_batch * sequence)?,
             seqlens_k: Buffer::host(DataType::I32, max_batch)?,
             total_sequence_length: Buffer::host(DataType::I32, 1)?,
+            has_total,
             next_ids: Buffer::host(DataType::I64, max_batch)?,
             sequence,
         })
@@ -97,7 +100,9 @@ impl StepBuffers {
         binding.bind_host_input("input_ids", self.input_ids.view(0, &tokens)?)?;
         binding.bind_host_input("image_index", self.image_index.view(0, &tokens)?)?;
         binding.bind_host_input("seqlens_k", self.seqlens_k.view(0, &[batch])?)?;
-        binding.bind_host_input("total_sequence_length", self.total_sequence_length.view(0, &[])?)?;
+        if self.has_total {
+            binding.bind_host_input("total_sequence_length", self.total_sequence_length.view(0, &[])?)?;
+        }
         binding.bind_output("next_ids", self.next_ids.view(0, &[batch])?)
     }
 
@@ -125,12 +130,14 @@ impl<T> Generator<T> {
         let prompt = PromptPositions::new(prompt, manifest.vision.num_image_tokens);
         let max_length = prompt.len() + options.stop_rule.max_new_tokens;
         let GeneratorOptions { num_slots, max_prefill_batch, stop_rule } = options;
-        let prefill = StepBuffers::new(max_prefill_batch, prompt.len())?;
-        let mut decode = StepBuffers::new(num_slots, 1)?;
+        let inputs = &manifest.graphs.decoder.inputs;
+        let has_total = inputs.iter().any(|input| input.name == "total_sequence_length");
+        let prefill = StepBuffers::new(max_prefill_batch, prompt.len(), has_total)?;
+        let mut decode = StepBuffers::new(num_slots, 1, has_total)?;
         decode.image_index.as_mut_slice::<i64>().fill(IMAGE_INDEX_TEXT);
         Ok(Self {
             cache: KvCache::new(&decoder, CacheShape::of(manifest)?, num_slots, max_length)?,
-            no_features: decoder.device_buffer(DataType::F32, dims.hidden_size)?,
+            no_features: decoder.device_buffer(manifest.activations, dims.hidden_size)?,
             decoder,
             dims,
             prompt,
@@ -193,7 +200,7 @@ impl<T> Generator<T> {
         let mut binding = self.decoder.binding()?;
         self.prefill.bind(&mut binding, batch)?;
         binding.bind_input("image_features", image_features)?;
-        self.cache.bind(&mut binding, self.active.len(), batch)?;
+        self.cache.bind(&mut binding, self.active.len(), batch, CacheUse::Prefill)?;
         if let Some(logits) = logits {
             binding.bind_output("logits", logits)?;
         }
@@ -209,17 +216,18 @@ impl<T> Generator<T> {
             *id = i64::from(*sequence.token_ids.last().expect("bug: an active caption has its first token"));
         }
         self.decode.set_lengths(self.active.iter().map(|sequence| sequence.cached_length + 1));
-        let binding = match self.decode_bindings.entry(batch) {
+        let binding = match self.decode_bindings.entry((batch, self.cache.parity())) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
                 let mut binding = self.decoder.binding()?;
                 self.decode.bind(&mut binding, batch)?;
                 binding.bind_input("image_features", &self.no_features.view(0, &[1, self.dims.hidden_size])?)?;
-                self.cache.bind(&mut binding, 0, batch)?;
+                self.cache.bind(&mut binding, 0, batch, CacheUse::Decode)?;
                 entry.insert(binding)
             }
         };
         self.decoder.run(binding)?;
+        self.cache.advance();
         let next_ids = self.decode.next_ids.as_slice::<i64>();
         for (sequence, &next_id) in self.active.iter_mut().zip(&next_ids[..batch]) {
             sequence.cached_length += 1;

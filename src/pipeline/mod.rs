@@ -39,7 +39,7 @@ use crate::pipeline::engine::{Engine, EngineChannels, EngineOptions};
 use crate::pipeline::input::Input;
 use crate::pipeline::load::LoadLimits;
 use crate::pipeline::pool::BufferPool;
-use crate::pipeline::preprocess::Preprocessor;
+use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::row::RowDraft;
 use crate::pipeline::source::{SourceChannels, SourceOptions, SourceReport};
@@ -174,13 +174,13 @@ fn run_stages(
     progress: &Arc<Progress>,
 ) -> Result<(SourceReport, Counts, u64)> {
     let preprocessing = &options.bundle.manifest.preprocessing;
+    let pixel_format = PixelFormat::of(&options.bundle.manifest);
     let max_preprocessed = options.engines.iter().map(|engine| 2 * engine.vision_batch).sum();
     let (records_in, records_out) = bounded(MAX_QUEUED_RECORDS);
     let (loaded_in, loaded_out) = bounded(MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
     let (preprocessed_in, preprocessed_out) = bounded(max_preprocessed);
     let (rows_in, rows_out) = bounded(MAX_QUEUED_ROWS);
-    let num_values = 3 * preprocessing.height as usize * preprocessing.width as usize;
-    let pool = BufferPool::new(max_preprocessed + options.num_load_threads, num_values);
+    let pool = BufferPool::new(max_preprocessed + options.num_load_threads, pixel_format);
     let source_options = SourceOptions {
         inputs: options.inputs.clone(),
         finished: finished.clone(),

@@ -5,44 +5,51 @@ use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
 
+use crate::pipeline::preprocess::{PixelFormat, PixelValues};
+
 /// A pool of equal buffers; a lock-free queue of those that are free.
 #[derive(Clone)]
 pub(crate) struct BufferPool {
-    free: Arc<ArrayQueue<Vec<f32>>>,
-    num_values: usize,
+    free: Arc<ArrayQueue<PixelValues>>,
+    format: PixelFormat,
 }
 
 impl BufferPool {
-    /// Keeps up to `capacity` free buffers of `num_values`; more are made when they are asked for, and dropped later.
-    pub(crate) fn new(capacity: usize, num_values: usize) -> Self {
-        Self { free: Arc::new(ArrayQueue::new(capacity.max(1))), num_values }
+    /// Keeps up to `capacity` free buffers; more are made when they are asked for, and dropped later.
+    pub(crate) fn new(capacity: usize, format: PixelFormat) -> Self {
+        Self { free: Arc::new(ArrayQueue::new(capacity.max(1))), format }
+    }
+
+    /// What the buffers are for.
+    pub(crate) fn format(&self) -> PixelFormat {
+        self.format
     }
 
     /// A buffer with undefined contents.
     pub(crate) fn take(&self) -> PooledBuffer {
-        let values = self.free.pop().unwrap_or_else(|| vec![0.0; self.num_values]);
+        let values = self.free.pop().unwrap_or_else(|| self.format.allocate());
         PooledBuffer { values, free: Arc::clone(&self.free) }
     }
 }
 
 /// A buffer that goes back to its pool when dropped.
 pub(crate) struct PooledBuffer {
-    values: Vec<f32>,
-    free: Arc<ArrayQueue<Vec<f32>>>,
+    values: PixelValues,
+    free: Arc<ArrayQueue<PixelValues>>,
 }
 
 impl PooledBuffer {
-    pub(crate) fn as_slice(&self) -> &[f32] {
+    pub(crate) fn values(&self) -> &PixelValues {
         &self.values
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+    pub(crate) fn values_mut(&mut self) -> &mut PixelValues {
         &mut self.values
     }
 }
 
 impl Drop for PooledBuffer {
     fn drop(&mut self) {
-        let _ = self.free.push(std::mem::take(&mut self.values));
+        let _ = self.free.push(std::mem::replace(&mut self.values, PixelValues::U8(Vec::new())));
     }
 }

@@ -1,6 +1,7 @@
 //! Preprocess: RGB image to normalised `pixel_values`.
 //!
-//! Takes an upright RGB picture of any shape, gives float32 `[3, height, width]` as transformers' image processors do.
+//! Takes an upright RGB picture of any shape, gives float32 `[3, height, width]` as transformers' image processors do, or the
+//! same samples before normalisation as u8 patches.
 //! Resamples one axis at a time with an 8-bit intermediate, as Pillow's `Image.resize` does; single samples differ from
 //! Pillow by a level or two. Must never build the padded square or the whole resized picture: whatever the shape, only
 //! what reaches the output is resampled, in buffers that are kept.
@@ -10,7 +11,7 @@ mod resample;
 
 use crossbeam::channel::{Receiver, Sender};
 use fast_image_resize::{ResizeError, ResizeOptions, Resizer};
-use recaption_export::{Geometry, Preprocessing};
+use recaption_export::{Geometry, Manifest, PixelLayout, Preprocessing};
 use thiserror::Error;
 
 use crate::pipeline::load::{LoadedImage, RgbImage};
@@ -23,8 +24,66 @@ use crate::stage::Stage;
 /// An image ready for the vision tower.
 pub(crate) struct PreprocessedImage {
     pub(crate) draft: RowDraft,
-    /// `[3, height, width]`
     pub(crate) pixel_values: PooledBuffer,
+}
+
+/// `pixel_values` of one image.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PixelValues {
+    /// `[3, height, width]`, normalised.
+    F32(Vec<f32>),
+    /// `[1 + patches, 3 * patch * patch]`, samples as they are.
+    U8(Vec<u8>),
+}
+
+/// What a bundle takes as `pixel_values`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PixelFormat {
+    layout: PixelLayout,
+    height: usize,
+    width: usize,
+    patch_size: usize,
+}
+
+impl PixelFormat {
+    /// As the manifest says.
+    #[must_use]
+    pub fn of(manifest: &Manifest) -> Self {
+        Self {
+            layout: manifest.pixel_values.layout,
+            height: manifest.preprocessing.height as usize,
+            width: manifest.preprocessing.width as usize,
+            patch_size: manifest.vision.patch_size,
+        }
+    }
+
+    /// Shape of `batch` images.
+    #[must_use]
+    pub fn shape(self, batch: usize) -> Vec<usize> {
+        let Self { layout, height, width, patch_size } = self;
+        match layout {
+            PixelLayout::Nchw => vec![batch, 3, height, width],
+            PixelLayout::Patches { .. } => {
+                let num_patches = (height / patch_size) * (width / patch_size);
+                vec![batch, 1 + num_patches, 3 * patch_size * patch_size]
+            }
+        }
+    }
+
+    /// Values of one image.
+    #[must_use]
+    pub fn num_values(self) -> usize {
+        self.shape(1).iter().product()
+    }
+
+    /// Room for one image.
+    #[must_use]
+    pub fn allocate(self) -> PixelValues {
+        match self.layout {
+            PixelLayout::Nchw => PixelValues::F32(vec![0.0; self.num_values()]),
+            PixelLayout::Patches { .. } => PixelValues::U8(vec![0; self.num_values()]),
+        }
+    }
 }
 
 /// Preprocesses images until `loaded` is closed and empty; an image that fails becomes a failed row.
@@ -38,7 +97,7 @@ pub(crate) fn run(
     for LoadedImage { draft, image } in loaded {
         Stage::Preprocess.enter();
         let mut pixel_values = pool.take();
-        let is_sent = match preprocessor.run(&image, pixel_values.as_mut_slice()) {
+        let is_sent = match preprocessor.preprocess(&image, pool.format(), pixel_values.values_mut()) {
             Ok(()) => preprocessed.send(PreprocessedImage { draft, pixel_values }).is_ok(),
             Err(reason) => rows.send(draft.fail(Stage::Preprocess, reason).into()).is_ok(),
         };
@@ -110,6 +169,25 @@ impl Preprocessor {
         }
     }
 
+    /// Fills `pixel_values`, which `format` has allocated, from one picture.
+    ///
+    /// # Errors
+    /// A picture without pixels or with a side above a million.
+    pub fn preprocess(
+        &mut self,
+        image: &RgbImage,
+        format: PixelFormat,
+        pixel_values: &mut PixelValues,
+    ) -> Result<(), PreprocessError> {
+        match (pixel_values, format.layout) {
+            (PixelValues::F32(values), _) => self.run(image, values),
+            (PixelValues::U8(patches), PixelLayout::Patches { zero_point }) => {
+                self.run_patches(image, (format.patch_size, zero_point), patches)
+            }
+            (PixelValues::U8(_), PixelLayout::Nchw) => unreachable!("bug: {format:?} allocates floats"),
+        }
+    }
+
     /// Length of `pixel_values`: 3 * height * width.
     #[must_use]
     pub fn num_values(&self) -> usize {
@@ -121,6 +199,17 @@ impl Preprocessor {
     /// # Errors
     /// A picture without pixels or with a side above a million, or slices of the wrong length.
     pub fn run(&mut self, image: &RgbImage, pixel_values: &mut [f32]) -> Result<(), PreprocessError> {
+        let (found, wanted) = (pixel_values.len(), self.num_values());
+        if found != wanted {
+            return Err(PreprocessError::OutputLength { found, wanted });
+        }
+        let (horizontal, vertical, surroundings) = self.resample_checked(image)?;
+        self.write(&horizontal, &vertical, surroundings, pixel_values);
+        Ok(())
+    }
+
+    /// Resamples the picture; its plans for both axes, and what surrounds it.
+    fn resample_checked(&mut self, image: &RgbImage) -> Result<(AxisPlan, AxisPlan, [u8; 3]), PreprocessError> {
         let (width, height) = (image.width, image.height);
         if width == 0 || height == 0 {
             return Err(PreprocessError::NoPixels { width, height });
@@ -132,10 +221,6 @@ impl Preprocessor {
         if num_bytes as u64 != 3 * u64::from(width) * u64::from(height) {
             return Err(PreprocessError::PixelsLength { width, height, num_bytes });
         }
-        let (found, wanted) = (pixel_values.len(), self.num_values());
-        if found != wanted {
-            return Err(PreprocessError::OutputLength { found, wanted });
-        }
         let [horizontal, vertical] = axis::plan(&self.settings, width, height);
         let surroundings = match self.settings.geometry {
             Geometry::Pad { background } => background,
@@ -143,7 +228,54 @@ impl Preprocessor {
         };
         self.resample(image, &horizontal, &vertical, surroundings)
             .map_err(|error| PreprocessError::Resample(error.to_string()))?;
-        self.write(&horizontal, &vertical, surroundings, pixel_values);
+        Ok((horizontal, vertical, surroundings))
+    }
+
+    /// Fills `patches` (`[1 + patches, 3 * patch * patch]`, row 0 with `zero_point`) from one picture.
+    fn run_patches(
+        &mut self,
+        image: &RgbImage,
+        (patch_size, zero_point): (usize, u8),
+        patches: &mut [u8],
+    ) -> Result<(), PreprocessError> {
+        let (height, width) = (self.settings.height as usize, self.settings.width as usize);
+        let patch_length = 3 * patch_size * patch_size;
+        let (found, wanted) = (patches.len(), (1 + (height / patch_size) * (width / patch_size)) * patch_length);
+        if found != wanted {
+            return Err(PreprocessError::OutputLength { found, wanted });
+        }
+        let (horizontal, vertical, surroundings) = self.resample_checked(image)?;
+        let (class, patches) = patches.split_at_mut(patch_length);
+        class.fill(zero_point);
+        let (num_rows, num_columns) = (vertical.num_touched() as usize, horizontal.num_touched() as usize);
+        if num_rows < height || num_columns < width {
+            for channels in patches.chunks_exact_mut(patch_length) {
+                for (plane, sample) in channels.chunks_exact_mut(patch_size * patch_size).zip(surroundings) {
+                    plane.fill(sample);
+                }
+            }
+        }
+        let (top, left) = (vertical.first_touched() as usize, horizontal.first_touched() as usize);
+        let (patch_rows, patch_columns) = (height / patch_size, width / patch_size);
+        for (row, samples) in self.resampled.chunks_exact(num_columns * 3).enumerate().take(num_rows) {
+            let y = top + row;
+            // A tower whose side is no multiple of its patches leaves the last rows and columns out.
+            if y >= patch_rows * patch_size {
+                break;
+            }
+            let first_patch = (y / patch_size) * patch_columns * patch_length;
+            let in_patch = (y % patch_size) * patch_size;
+            for (column, pixel) in samples.as_chunks::<3>().0.iter().enumerate() {
+                let x = left + column;
+                if x >= patch_columns * patch_size {
+                    break;
+                }
+                let place = first_patch + (x / patch_size) * patch_length + in_patch + x % patch_size;
+                for (channel, sample) in pixel.iter().enumerate() {
+                    patches[place + channel * patch_size * patch_size] = *sample;
+                }
+            }
+        }
         Ok(())
     }
 

@@ -4,10 +4,11 @@
 
 use std::collections::HashMap;
 
-use recaption_export::{DataType, Precision};
+use recaption_export::{DataType, GraphFile, Manifest, Precision, Target};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Bundle;
+use crate::pipeline::preprocess::{PixelFormat, PixelValues};
 use crate::runtime::buffer::{Buffer, TensorView};
 use crate::runtime::provider::Device;
 use crate::runtime::session::{Binding, Session, SessionOptions};
@@ -23,13 +24,13 @@ pub(crate) struct VisionEncoder {
 }
 
 struct Buffers {
-    /// `[max_batch, 3, side, side]`, on the host.
+    /// `[max_batch, …]`, on the host.
     pixel_values: Buffer,
     /// `[max_batch, num_image_tokens, feature_size]`
     vision_features: Buffer,
     /// `[max_batch * num_image_tokens, hidden]`
     image_features: Buffer,
-    side: usize,
+    pixel_format: PixelFormat,
     num_image_tokens: usize,
     feature_size: usize,
     hidden_size: usize,
@@ -42,16 +43,18 @@ impl VisionEncoder {
         let tower = Session::open(&bundle.graph_path(&manifest.graphs.vision_tower), options)?;
         let projector = Session::open(&bundle.graph_path(&manifest.graphs.projector), options)?;
         let (vision, hidden_size) = (&manifest.vision, manifest.decoder.hidden_size);
-        let (side, num_image_tokens) = (vision.image_size, vision.num_image_tokens);
+        let num_image_tokens = vision.num_image_tokens;
+        let pixel_format = PixelFormat::of(manifest);
+        let vision_type = dtype_of(&manifest.graphs.vision_tower, "vision_features")?;
         let feature_size = vision.hidden_size * vision.feature_layers.len();
         let buffers = Buffers {
-            pixel_values: Buffer::host(DataType::F32, max_batch * 3 * side * side)?,
-            vision_features: tower.device_buffer(DataType::F32, max_batch * num_image_tokens * feature_size)?,
+            pixel_values: Buffer::host(manifest.pixel_values.dtype, max_batch * pixel_format.num_values())?,
+            vision_features: tower.device_buffer(vision_type, max_batch * num_image_tokens * feature_size)?,
             image_features: match decoder {
-                Device::Cpu => Buffer::host(DataType::F32, max_batch * num_image_tokens * hidden_size)?,
-                _ => projector.device_buffer(DataType::F32, max_batch * num_image_tokens * hidden_size)?,
+                Device::Cpu => Buffer::host(manifest.activations, max_batch * num_image_tokens * hidden_size)?,
+                _ => projector.device_buffer(manifest.activations, max_batch * num_image_tokens * hidden_size)?,
             },
-            side,
+            pixel_format,
             num_image_tokens,
             feature_size,
             hidden_size,
@@ -65,13 +68,16 @@ impl VisionEncoder {
     }
 
     /// Encodes a batch; row `i * num_image_tokens + t` of the result is token `t` of image `i`.
-    pub(crate) fn encode<'a>(&mut self, images: impl ExactSizeIterator<Item = &'a [f32]>) -> Result<TensorView> {
+    pub(crate) fn encode<'a>(&mut self, images: impl ExactSizeIterator<Item = &'a PixelValues>) -> Result<TensorView> {
         let batch = images.len();
         let buffers = &mut self.buffers;
-        let image_size = 3 * buffers.side * buffers.side;
-        let pixels = buffers.pixel_values.as_mut_slice::<f32>();
-        for (slot, image) in pixels.chunks_exact_mut(image_size).zip(images) {
-            slot.copy_from_slice(image);
+        let num_values = buffers.pixel_format.num_values();
+        for (i, image) in images.enumerate() {
+            let range = i * num_values..(i + 1) * num_values;
+            match image {
+                PixelValues::F32(values) => buffers.pixel_values.as_mut_slice::<f32>()[range].copy_from_slice(values),
+                PixelValues::U8(values) => buffers.pixel_values.as_mut_slice::<u8>()[range].copy_from_slice(values),
+            }
         }
         let (tower, projector) = match self.bindings.entry(batch) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -89,7 +95,7 @@ impl Buffers {
     fn bind(&self, tower: &Session, projector: &Session, batch: usize) -> Result<(Binding, Binding)> {
         let features = || self.vision_features.view(0, &[batch, self.num_image_tokens, self.feature_size]);
         let mut tower = tower.binding()?;
-        tower.bind_host_input("pixel_values", self.pixel_values.view(0, &[batch, 3, self.side, self.side])?)?;
+        tower.bind_host_input("pixel_values", self.pixel_values.view(0, &self.pixel_format.shape(batch))?)?;
         tower.bind_output("vision_features", features()?)?;
         let mut projector = projector.binding()?;
         projector.bind_input("vision_features", &features()?)?;
@@ -102,10 +108,41 @@ impl Buffers {
     }
 }
 
-/// What the decoder runs on where vision runs on `device`. TensorRT does not take the decoder's fused operators, and
-/// ONNX Runtime's CUDA attention has kernels for fp16 and bf16 only (contrib_ops/cuda/bert/group_query_attention.cc).
-pub(crate) fn decoder_device(device: Device, precision: Precision) -> Device {
-    match (device, precision) {
-        (Device::Cpu | Device::Cuda(_) | Device::TensorRt(_), Precision::Fp32) => Device::Cpu,
+/// Type of a graph's output.
+fn dtype_of(graph: &GraphFile, output: &str) -> Result<DataType> {
+    let spec = graph.outputs.iter().find(|spec| spec.name == output);
+    spec.map(|spec| spec.dtype).ok_or_else(|| Error::Setting {
+        reason: format!("`{}` has no output `{output}`", graph.file),
+        hint: "export the checkpoint again with --overwrite".to_owned(),
+    })
+}
+
+/// What the decoder runs on where vision runs on `device`. TensorRT does not take ONNX Runtime's fused operators, and the
+/// attention among them has CUDA kernels for fp16 and bf16 only (contrib_ops/cuda/bert/group_query_attention.cc).
+pub(crate) fn decoder_device(device: Device, manifest: &Manifest) -> Device {
+    match (device, manifest.target, manifest.activations) {
+        (Device::Cpu, ..) => Device::Cpu,
+        (device, Target::TensorRt, _) => device,
+        (_, Target::Ort, DataType::F32) => Device::Cpu,
+        (Device::Cuda(index) | Device::TensorRt(index), Target::Ort, _) => Device::Cuda(index),
+    }
+}
+
+/// # Errors
+/// [`Error::Setting`] when `device` has no kernels for the bundle's precision.
+pub(crate) fn check_device(device: Device, manifest: &Manifest) -> Result<()> {
+    let precisions = [manifest.precision, manifest.vision_precision];
+    let is_cpu = device == Device::Cpu;
+    let refused = precisions.into_iter().find_map(|precision| match (precision, is_cpu) {
+        (Precision::Bf16, true) => Some((precision, "use --provider cuda, or export with --precision fp32 or int8")),
+        (Precision::Int8, false) => Some((precision, "use --provider cpu, or export with --precision fp16 or int4")),
+        _ => None,
+    });
+    match refused {
+        None => Ok(()),
+        Some((precision, hint)) => Err(Error::Setting {
+            reason: format!("provider {} does not run {} bundles", device.name(), precision.name()),
+            hint: hint.to_owned(),
+        }),
     }
 }

@@ -32,6 +32,10 @@ impl Element for f32 {
     const DATA_TYPE: DataType = DataType::F32;
 }
 
+impl Element for u8 {
+    const DATA_TYPE: DataType = DataType::U8;
+}
+
 impl Element for i32 {
     const DATA_TYPE: DataType = DataType::I32;
 }
@@ -83,6 +87,13 @@ impl Buffer {
         self.check::<T>();
         // SAFETY: as in `as_slice`; views hand the memory to ONNX Runtime only, during runs on this thread.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr().cast::<T>(), self.num_elements) }
+    }
+
+    /// The contents as bytes, whatever their type.
+    pub(crate) fn as_mut_bytes(&mut self) -> &mut [u8] {
+        assert!(self.is_host(), "bug: device memory read by the host");
+        // SAFETY: host memory of so many bytes, initialised to zero when allocated; any bytes are valid numbers.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.num_elements * self.data_type.size()) }
     }
 
     fn check<T: Element>(&self) {
@@ -154,6 +165,10 @@ impl TensorView {
 fn element_type(data_type: DataType) -> TensorElementType {
     match data_type {
         DataType::F32 => TensorElementType::Float32,
+        DataType::F16 => TensorElementType::Float16,
+        DataType::BF16 => TensorElementType::Bfloat16,
+        DataType::U8 => TensorElementType::Uint8,
+        DataType::I8 => TensorElementType::Int8,
         DataType::I32 => TensorElementType::Int32,
         DataType::I64 => TensorElementType::Int64,
     }

@@ -8,7 +8,7 @@ use recaption::model::sequence::StopRule;
 use recaption::model::{Bundle, Prompt, TemplateChoice, Tokenizer};
 use recaption::pipeline::engine::{Engine, EngineOptions};
 use recaption::pipeline::load::{LoadLimits, load};
-use recaption::pipeline::preprocess::Preprocessor;
+use recaption::pipeline::preprocess::{PixelFormat, PixelValues, Preprocessor};
 use recaption::runtime::Device;
 use serde_json::Value;
 
@@ -75,11 +75,12 @@ impl Golden {
     }
 }
 
-fn pixel_values(bundle: &Bundle, path: &Path) -> Vec<f32> {
+fn pixel_values(bundle: &Bundle, path: &Path) -> PixelValues {
     let image = load(&std::fs::read(path).unwrap(), &LoadLimits::default()).unwrap();
+    let format = PixelFormat::of(&bundle.manifest);
+    let mut pixel_values = format.allocate();
     let mut preprocessor = Preprocessor::new(bundle.manifest.preprocessing.clone());
-    let mut pixel_values = vec![0.0; preprocessor.num_values()];
-    preprocessor.run(&image, &mut pixel_values).unwrap();
+    preprocessor.preprocess(&image, format, &mut pixel_values).unwrap();
     pixel_values
 }
 
@@ -121,9 +122,9 @@ fn prefill_logits_match_transformers() {
             stop_rule: StopRule { stop_token_ids: vec![], max_new_tokens: 1, ignore_eos: true },
         };
         let mut engine = Engine::<()>::open(&bundle, &prompt(&golden, &bundle), &options).unwrap();
-        let pixels: Vec<Vec<f32>> = paths.iter().map(|path| pixel_values(&bundle, Path::new(path))).collect();
+        let pixels: Vec<PixelValues> = paths.iter().map(|path| pixel_values(&bundle, Path::new(path))).collect();
         let vocab_size = bundle.manifest.decoder.vocab_size;
-        let views: Vec<&[f32]> = pixels.iter().map(Vec::as_slice).collect();
+        let views: Vec<&PixelValues> = pixels.iter().collect();
         let batched = engine.prefill_logits(&views).unwrap();
         for (i, image) in golden.images().iter().enumerate() {
             let expected = floats(&image["logits"]);

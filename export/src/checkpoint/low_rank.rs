@@ -1,7 +1,7 @@
 //! A weight with a LoRA update: `W + scale * B A`, computed in f32 as `W` streams by, some rows at a time.
 
-use crate::error::{Error, Result};
-use crate::tensor::{BLOCK_ELEMENTS, StoredTensor};
+use crate::error::Result;
+use crate::tensor::StoredTensor;
 
 /// Columns computed at a time: with the rank of 128 that LLaVA trains, 256 KiB of `right`.
 const TILE_COLUMNS: usize = 512;
@@ -26,38 +26,35 @@ impl LowRank<'_> {
         Self { first_row: self.first_row + first, ..self.clone() }
     }
 
-    /// Hands `base` with the update to `sink`, as [`StoredTensor::stream_f32`] does. Only the two factors and a block of
-    /// rows are held.
-    pub(crate) fn stream(&self, base: &StoredTensor<'_>, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let [num_rows, num_columns] = *base.shape() else { unreachable!("checked when the adapter was opened") };
-        let (left, right) = self.factors(num_rows)?;
-        let rank = left.len() / num_rows;
-        let block_rows = (BLOCK_ELEMENTS / num_columns).max(1);
-        let mut bytes = Vec::new();
-        for first in (0..num_rows).step_by(block_rows) {
-            let count = block_rows.min(num_rows - first);
-            let mut values = base.rows(first, count).read_f32()?;
-            add_product(&mut values, &left[first * rank..][..count * rank], &right, num_columns, self.scale);
-            let num_non_finite = values.iter().filter(|value| !value.is_finite()).count();
-            if num_non_finite > 0 {
-                return Err(Error::NonFiniteWeight { name: base.name.clone(), count: num_non_finite });
-            }
-            bytes.clear();
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            sink(&bytes)?;
-        }
-        Ok(())
-    }
-
-    /// `left [num_rows, rank]` and `right [rank, columns]`.
-    fn factors(&self, num_rows: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+    /// Reads the factors of `num_rows` rows.
+    pub(crate) fn factors(&self, num_rows: usize) -> Result<Factors> {
+        let scale = self.scale;
         if !self.is_transposed {
-            return Ok((self.left.rows(self.first_row, num_rows).read_f32()?, self.right.read_f32()?));
+            let left = self.left.rows(self.first_row, num_rows).read_f32()?;
+            return Ok(Factors { left, right: self.right.read_f32()?, scale });
         }
-        let left = transposed(&self.left.read_f32()?, self.left.shape()[1]);
         let rank = self.left.shape()[0];
-        let right = transposed(&self.right.read_f32()?, rank);
-        Ok((left[self.first_row * rank..][..num_rows * rank].to_vec(), right))
+        let mut left = transposed(&self.left.read_f32()?, self.left.shape()[1]);
+        left.drain(..self.first_row * rank);
+        Ok(Factors { left, right: transposed(&self.right.read_f32()?, rank), scale })
+    }
+}
+
+/// The factors of some rows of an update, in memory.
+pub(crate) struct Factors {
+    /// `[rows, rank]`
+    left: Vec<f32>,
+    /// `[rank, columns]`
+    right: Vec<f32>,
+    scale: f32,
+}
+
+impl Factors {
+    /// Adds the update to the rows `values`, of which the first is row `first_row` of these factors.
+    pub(crate) fn add_to(&self, values: &mut [f32], first_row: usize, num_columns: usize) {
+        let rank = self.right.len() / num_columns;
+        let left = &self.left[first_row * rank..][..values.len() / num_columns * rank];
+        add_product(values, left, &self.right, num_columns, self.scale);
     }
 }
 

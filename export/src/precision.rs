@@ -1,0 +1,110 @@
+//! Which precision goes with which target, and what that means for each graph.
+
+use crate::error::{Error, Result};
+use crate::graph::DataType;
+use crate::manifest::{Precision, Target};
+use crate::quantize::{BlockFormat, Rounding};
+
+/// Values per block of `int8-block`.
+const INT8_BLOCK: usize = 128;
+/// Values per block of `int4`.
+const INT4_BLOCK: usize = 32;
+
+/// What one graph is made of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct GraphFormat {
+    pub(crate) target: Target,
+    /// Type of activations, norms, and what is not quantised.
+    pub(crate) float: DataType,
+    /// Linear layers.
+    pub(crate) linear: LinearFormat,
+    /// The logits head.
+    pub(crate) head: LinearFormat,
+    /// Type of the embedding table.
+    pub(crate) embedding: DataType,
+}
+
+/// How a linear layer stores its weights and multiplies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum LinearFormat {
+    /// In the graph's float type.
+    Float,
+    /// u8 activations with a scale per row, s8 weights with a scale per column, exact integer sums.
+    Int8 {
+        /// Largest weight: 127, or 63 for processors whose u8 x s8 sums saturate.
+        max_weight: u8,
+    },
+    /// `MatMulNBits`.
+    Blocks(BlockFormat),
+}
+
+/// Precision of a bundle, checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PrecisionOptions {
+    pub(crate) target: Target,
+    pub(crate) decoder: Precision,
+    pub(crate) vision: Precision,
+    /// Type of the activations around quantised weights.
+    pub(crate) activations: Option<Precision>,
+    pub(crate) rounding: Rounding,
+    pub(crate) reduce_range: bool,
+}
+
+impl PrecisionOptions {
+    /// Formats of the vision tower (with the projector) and of the decoder.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for what CONTRACT's matrix of precisions and targets leaves out.
+    pub(crate) fn resolve(self) -> Result<(GraphFormat, GraphFormat)> {
+        Ok((self.format(self.vision)?, self.format(self.decoder)?))
+    }
+
+    fn format(self, precision: Precision) -> Result<GraphFormat> {
+        let Self { target, activations, rounding, .. } = self;
+        let float = match (precision, activations) {
+            (Precision::Fp32 | Precision::Int8, None | Some(Precision::Fp32)) => DataType::F32,
+            (Precision::Fp16, None | Some(Precision::Fp16)) => DataType::F16,
+            (Precision::Bf16, None | Some(Precision::Bf16)) => DataType::BF16,
+            (Precision::Int8Block | Precision::Int4, None | Some(Precision::Fp32)) => DataType::F32,
+            (Precision::Int8Block | Precision::Int4, Some(Precision::Fp16)) => DataType::F16,
+            (_, Some(activations)) => {
+                let hint = "int8-block and int4 take fp32 or fp16; the other precisions fix their activations";
+                return Err(Error::unsupported(
+                    &format!("--activations {}", activations.name()),
+                    format!("with --precision {}", precision.name()),
+                    hint,
+                ));
+            }
+        };
+        if target == Target::TensorRt && !matches!(precision, Precision::Fp32 | Precision::Fp16 | Precision::Bf16) {
+            return Err(Error::unsupported(
+                &format!("--precision {}", precision.name()),
+                "with --target tensorrt",
+                "TensorRT takes fp32, fp16 and bf16 bundles; or export with --target ort",
+            ));
+        }
+        let blocks = |bits, block_size| LinearFormat::Blocks(BlockFormat { bits, block_size, scale: float, rounding });
+        let int8_block = blocks(8, INT8_BLOCK);
+        let (linear, head, embedding) = match precision {
+            Precision::Fp32 | Precision::Fp16 | Precision::Bf16 => (LinearFormat::Float, LinearFormat::Float, float),
+            Precision::Int8 => {
+                let max_weight = if self.reduce_range { 63 } else { 127 };
+                (LinearFormat::Int8 { max_weight }, int8_block, DataType::F16)
+            }
+            Precision::Int8Block => (int8_block, int8_block, DataType::F16),
+            Precision::Int4 => (blocks(4, INT4_BLOCK), int8_block, DataType::F16),
+        };
+        Ok(GraphFormat { target, float, linear, head, embedding })
+    }
+}
+
+impl Precision {
+    /// The vision tower's precision beside a decoder of this one: weights of 4 bits cost the small tower more quality than
+    /// they save.
+    pub(crate) fn default_for_vision(self) -> Self {
+        match self {
+            Self::Int4 => Self::Int8Block,
+            other => other,
+        }
+    }
+}
