@@ -50,12 +50,15 @@ pub(crate) enum TorchFileError {
     StorageLength { path: PathBuf, tensor: String, storage: String, expected: usize, found: usize },
     /// A tensor reaches beyond its storage.
     #[error(
-        "`{path}`: tensor `{tensor}`: shape {shape:?} from element {offset} does not fit its storage of {found} elements"
+        "`{path}`: tensor `{tensor}`: shape {shape:?} from element {offset} exceeds its storage of {found} elements"
     )]
     OutOfStorage { path: PathBuf, tensor: String, shape: Vec<usize>, offset: usize, found: usize },
     /// The shape or the strides are not such as torch writes.
     #[error("`{path}`: tensor `{tensor}`: {reason}")]
     InvalidTensor { path: PathBuf, tensor: String, reason: String },
+    /// The values are to be computed from the stored ones.
+    #[error("`{path}`: tensor `{tensor}`: expected stored values, got a view that negates or conjugates them")]
+    LazyTensor { path: PathBuf, tensor: String },
     /// The elements do not lie in row-major order.
     #[error("`{path}`: tensor `{tensor}` of shape {shape:?}: expected contiguous strides {expected:?}, got {found:?}")]
     NotContiguous { path: PathBuf, tensor: String, shape: Vec<usize>, expected: Vec<usize>, found: Vec<usize> },
@@ -76,6 +79,7 @@ impl TorchFileError {
                 "save its weights alone: `torch.save(torch.jit.load(path).state_dict(), new_path)`"
             }
             Self::ByteOrder { .. } => "load it in Python on a little-endian machine and save it again",
+            Self::LazyTensor { .. } => "save it again with `tensor.resolve_neg().resolve_conj()` for each tensor",
             Self::NotContiguous { .. } => {
                 "save it again with `{name: tensor.contiguous() for name, tensor in state_dict.items()}`"
             }

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::error::{TorchFileError, shown};
-use super::pickle::{self, Pickle, Value};
+use super::objects::{Pickle, Value};
+use super::pickle;
 use super::{StorageRanges, TorchTensor, state_dict};
 
 /// 0x1950a86a20f9469cfc6c, as a pickle writes it.
@@ -22,9 +23,7 @@ pub(super) fn read(file: &[u8], path: &Path) -> Result<Vec<TorchTensor>, TorchFi
     if next(&mut rest, path)?.root != VERSION {
         return Err(damaged("expected version 1001 of the legacy format".to_owned()));
     }
-    let machine = next(&mut rest, path)?;
-    let traits = if let Value::Dict(traits) = machine.root { machine.dicts[traits].as_slice() } else { &[] };
-    if !traits.contains(&(Value::Str("little_endian"), Value::Bool(true))) {
+    if !is_little_endian(&next(&mut rest, path)?) {
         return Err(TorchFileError::ByteOrder { path: path.to_owned(), found: "big".to_owned() });
     }
     let objects = next(&mut rest, path)?;
@@ -52,6 +51,12 @@ pub(super) fn read(file: &[u8], path: &Path) -> Result<Vec<TorchTensor>, TorchFi
         return Err(damaged(format!("{} bytes follow the last storage", rest.len())));
     }
     state_dict::tensors(&objects, &ranges, path)
+}
+
+/// What the traits of the machine that wrote the file say; no file is without them.
+fn is_little_endian(machine: &Pickle<'_>) -> bool {
+    let Value::Dict(traits) = machine.root else { return false };
+    machine.dicts[traits].contains(&(Value::Str("little_endian"), Value::Bool(true)))
 }
 
 /// Reads the pickle at the start of `rest`, and moves past it.

@@ -7,7 +7,9 @@
 
 mod error;
 mod legacy;
+mod objects;
 mod pickle;
+mod pickle_bytes;
 mod state_dict;
 #[cfg(test)]
 mod tests;
@@ -54,14 +56,17 @@ fn read_zip(file: &[u8], path: &Path) -> Result<Vec<TorchTensor>, TorchFileError
     if let Some(entry) = entries.keys().find(|entry| is_program(entry)) {
         return Err(TorchFileError::TorchScript { path: path.to_owned(), entry: error::shown(entry) });
     }
+    if let Some((entry, stored)) = entries.iter().find(|(_, stored)| stored.method != 0) {
+        let (entry, method) = (error::shown(entry), stored.method);
+        return Err(TorchFileError::CompressedEntry { path: path.to_owned(), entry, method });
+    }
     let mut folders =
         entries.keys().filter_map(|entry| entry.strip_suffix("/data.pkl")).filter(|folder| !folder.contains('/'));
     let (Some(folder), None) = (folders.next(), folders.next()) else {
         let found = "a zip without exactly one data.pkl";
         return Err(TorchFileError::NotATorchFile { path: path.to_owned(), found });
     };
-    let record =
-        |name: &str| entries.get(format!("{folder}/{name}").as_str()).and_then(|range| file.get(range.clone()));
+    let record = |name: &str| file.get(entries.get(format!("{folder}/{name}").as_str())?.range.clone());
     // Archives from before torch 2.1 have no such record; all but those of s390x machines are little-endian.
     if let Some(order) = record("byteorder").filter(|order| *order != b"little") {
         let found = error::shown(&String::from_utf8_lossy(&order[..order.len().min(16)]));
@@ -75,9 +80,9 @@ fn read_zip(file: &[u8], path: &Path) -> Result<Vec<TorchTensor>, TorchFileError
     }
     let storages = entries
         .iter()
-        .filter_map(|(entry, range)| {
+        .filter_map(|(entry, stored)| {
             let key = entry.strip_prefix(folder)?.strip_prefix("/data/")?;
-            Some((key, range.clone()))
+            Some((key, stored.range.clone()))
         })
         .collect();
     state_dict::tensors(&pickle, &storages, path)

@@ -8,110 +8,18 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use safetensors::Dtype;
-
 use super::error::{TorchFileError, shown};
+use super::objects::{Global, Pickle, Storage, Tensor, Value};
+use super::pickle_bytes::{Reader, opcode_name};
 
 /// The opcode that every pickle of protocol 2 or later begins with.
 pub(super) const PROTO: u8 = 0x80;
-
-/// A tensor takes some 250 bytes, so a LLaVA-13B takes a quarter of a megabyte. At up to a hundred bytes of memory per
-/// byte, a hostile pickle costs less than half a gigabyte.
-pub(super) const MAX_BYTES: usize = 4 << 20;
-
-/// A value: a scalar, or an index into the lists of [`Pickle`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Value<'a> {
-    None,
-    Bool(bool),
-    Int(i64),
-    /// Little-endian two's complement of more than 64 bits.
-    LongInt(&'a [u8]),
-    /// A float or a byte string: neither matters to a state dict.
-    Opaque,
-    Str(&'a str),
-    Global(Global),
-    Tuple(usize),
-    List(usize),
-    Dict(usize),
-    Storage(usize),
-    Tensor(usize),
-}
-
-/// The only classes and functions that a pickle may name.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Global {
-    OrderedDict,
-    Size,
-    RebuildTensor,
-    RebuildParameter,
-    StorageType(Dtype),
-}
-
-impl Global {
-    fn named(module: &str, name: &str) -> Option<Self> {
-        Some(match (module, name) {
-            ("collections", "OrderedDict") => Self::OrderedDict,
-            ("torch", "Size") => Self::Size,
-            ("torch._utils", "_rebuild_tensor_v2") => Self::RebuildTensor,
-            ("torch._utils", "_rebuild_parameter") => Self::RebuildParameter,
-            ("torch", "FloatStorage") => Self::StorageType(Dtype::F32),
-            ("torch", "HalfStorage") => Self::StorageType(Dtype::F16),
-            ("torch", "BFloat16Storage") => Self::StorageType(Dtype::BF16),
-            ("torch", "DoubleStorage") => Self::StorageType(Dtype::F64),
-            ("torch", "LongStorage") => Self::StorageType(Dtype::I64),
-            ("torch", "IntStorage") => Self::StorageType(Dtype::I32),
-            ("torch", "ShortStorage") => Self::StorageType(Dtype::I16),
-            ("torch", "CharStorage") => Self::StorageType(Dtype::I8),
-            ("torch", "ByteStorage") => Self::StorageType(Dtype::U8),
-            ("torch", "BoolStorage") => Self::StorageType(Dtype::BOOL),
-            ("torch", "ComplexFloatStorage") => Self::StorageType(Dtype::C64),
-            _ => return None,
-        })
-    }
-}
-
-/// A run of elements that tensors are views of.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Storage<'a> {
-    pub(super) dtype: Dtype,
-    pub(super) key: &'a str,
-    pub(super) num_elements: usize,
-}
-
-/// A view of a storage, as the pickle states it: nothing of it has been checked against the others.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Tensor {
-    /// Index into [`Pickle::storages`].
-    pub(super) storage: usize,
-    pub(super) offset: usize,
-    /// Indices into [`Pickle::sequences`].
-    pub(super) shape: usize,
-    pub(super) strides: usize,
-}
-
-/// What a pickle describes. All indices held by values are valid in these lists.
-#[derive(Debug)]
-pub(super) struct Pickle<'a> {
-    pub(super) root: Value<'a>,
-    /// Length in bytes: what follows is not part of it.
-    pub(super) end: usize,
-    /// Tuples and lists.
-    pub(super) sequences: Vec<Vec<Value<'a>>>,
-    /// In the order of insertion; a key may stand in one twice.
-    pub(super) dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
-    /// Each key once.
-    pub(super) storages: Vec<Storage<'a>>,
-    pub(super) tensors: Vec<Tensor>,
-}
 
 /// Reads the pickle that `bytes` begin with.
 pub(super) fn parse<'a>(bytes: &'a [u8], path: &Path) -> Result<Pickle<'a>, TorchFileError> {
     let mut machine = Machine {
         path,
-        bytes: bytes.get(..MAX_BYTES).unwrap_or(bytes),
-        is_cut: bytes.len() > MAX_BYTES,
-        at: 0,
+        reader: Reader::new(bytes, path),
         stack: Vec::new(),
         marks: Vec::new(),
         memo: HashMap::new(),
@@ -125,21 +33,18 @@ pub(super) fn parse<'a>(bytes: &'a [u8], path: &Path) -> Result<Pickle<'a>, Torc
             tensors: Vec::new(),
         },
     };
-    if machine.bytes.first() != Some(&PROTO) {
+    if bytes.first() != Some(&PROTO) {
         return Err(machine.damaged("expected a pickle of protocol 2 to 5"));
     }
     while machine.step()? {}
     machine.pickle.root = machine.pop()?;
-    machine.pickle.end = machine.at;
+    machine.pickle.end = machine.reader.at;
     Ok(machine.pickle)
 }
 
 struct Machine<'a, 'p> {
     path: &'p Path,
-    bytes: &'a [u8],
-    /// More bytes follow than a pickle may have.
-    is_cut: bool,
-    at: usize,
+    reader: Reader<'a, 'p>,
     stack: Vec<Value<'a>>,
     /// Heights of the stack at the open marks.
     marks: Vec<usize>,
@@ -151,18 +56,18 @@ struct Machine<'a, 'p> {
 impl<'a> Machine<'a, '_> {
     /// Runs one opcode; false after the last.
     fn step(&mut self) -> Result<bool, TorchFileError> {
-        let opcode_at = self.at;
-        let [opcode] = self.take()?;
+        let opcode_at = self.reader.at;
+        let [opcode] = self.reader.take()?;
         match opcode {
             PROTO => {
-                let [protocol] = self.take()?;
+                let [protocol] = self.reader.take()?;
                 if !(2..=5).contains(&protocol) {
                     return Err(self.damaged(format!("expected pickle protocol 2 to 5, got {protocol}")));
                 }
             }
             // FRAME: a hint for readers of streams.
             0x95 => {
-                self.take::<8>()?;
+                self.reader.take::<8>()?;
             }
             b'.' => return Ok(false),
 
@@ -170,36 +75,41 @@ impl<'a> Machine<'a, '_> {
             0x88 => self.stack.push(Value::Bool(true)),
             0x89 => self.stack.push(Value::Bool(false)),
             b'K' => {
-                let [value] = self.take()?;
+                let [value] = self.reader.take()?;
                 self.stack.push(Value::Int(value.into()));
             }
             b'M' => {
-                let value = u16::from_le_bytes(self.take()?);
+                let value = u16::from_le_bytes(self.reader.take()?);
                 self.stack.push(Value::Int(value.into()));
             }
             b'J' => {
-                let value = i32::from_le_bytes(self.take()?);
+                let value = i32::from_le_bytes(self.reader.take()?);
                 self.stack.push(Value::Int(value.into()));
             }
             // LONG1, LONG4
             0x8a | 0x8b => {
-                let bytes = if opcode == 0x8a { self.take_counted::<1>() } else { self.take_counted::<4>() }?;
-                self.stack.push(integer(bytes));
+                let value = if opcode == 0x8a { self.reader.integer::<1>() } else { self.reader.integer::<4>() }?;
+                self.stack.push(value);
             }
             b'G' => {
-                self.take::<8>()?;
+                self.reader.take::<8>()?;
                 self.stack.push(Value::Opaque);
             }
             // BINUNICODE, SHORT_BINUNICODE, BINUNICODE8; BINSTRING, SHORT_BINSTRING of Python 2
-            b'X' | b'T' => self.string::<4>()?,
-            0x8c | b'U' => self.string::<1>()?,
-            0x8d => self.string::<8>()?,
+            b'X' | b'T' | 0x8c | b'U' | 0x8d => {
+                let string = match opcode {
+                    b'X' | b'T' => self.reader.string::<4>(),
+                    0x8c | b'U' => self.reader.string::<1>(),
+                    _ => self.reader.string::<8>(),
+                }?;
+                self.stack.push(string);
+            }
             // BINBYTES, SHORT_BINBYTES, BINBYTES8
             b'B' | b'C' | 0x8e => {
                 match opcode {
-                    b'B' => self.take_counted::<4>(),
-                    b'C' => self.take_counted::<1>(),
-                    _ => self.take_counted::<8>(),
+                    b'B' => self.reader.take_counted::<4>(),
+                    b'C' => self.reader.take_counted::<1>(),
+                    _ => self.reader.take_counted::<8>(),
                 }?;
                 self.stack.push(Value::Opaque);
             }
@@ -253,11 +163,11 @@ impl<'a> Machine<'a, '_> {
             }
 
             b'q' => {
-                let [index] = self.take()?;
+                let [index] = self.reader.take()?;
                 self.memo.insert(index.into(), self.top()?);
             }
             b'r' => {
-                let index = u32::from_le_bytes(self.take()?);
+                let index = u32::from_le_bytes(self.reader.take()?);
                 self.memo.insert(index, self.top()?);
             }
             // MEMOIZE: the pickle's length bounds the memo's.
@@ -265,16 +175,16 @@ impl<'a> Machine<'a, '_> {
                 self.memo.insert(self.memo.len() as u32, self.top()?);
             }
             b'h' => {
-                let [index] = self.take()?;
+                let [index] = self.reader.take()?;
                 self.push_memo(index.into())?;
             }
             b'j' => {
-                let index = u32::from_le_bytes(self.take()?);
+                let index = u32::from_le_bytes(self.reader.take()?);
                 self.push_memo(index)?;
             }
 
             b'c' => {
-                let (module, name) = (self.line()?, self.line()?);
+                let (module, name) = (self.reader.line()?, self.reader.line()?);
                 self.push_global(module, name)?;
             }
             0x93 => {
@@ -338,16 +248,17 @@ impl<'a> Machine<'a, '_> {
                 ],
             ) => {
                 // A seventh argument marks lazy negation or conjugation: the bytes are not the values then.
-                let is_plain = match rest {
-                    [] | [Value::None] => true,
-                    [Value::Dict(metadata)] => self.pickle.dicts[*metadata].is_empty(),
-                    _ => false,
+                let is_lazy = match rest {
+                    [] | [Value::None] => false,
+                    [Value::Dict(metadata)] => !self.pickle.dicts[*metadata].is_empty(),
+                    _ => true,
                 };
-                let offset = usize::try_from(*offset).ok().filter(|_| is_plain);
                 let (storage, shape, strides) = (*storage, *shape, *strides);
-                let offset = offset.ok_or_else(|| self.damaged("a tensor's offset or metadata is not supported"))?;
+                let Ok(offset) = usize::try_from(*offset) else {
+                    return Err(self.damaged("a tensor's offset is negative"));
+                };
                 self.stack.push(Value::Tensor(self.pickle.tensors.len()));
-                self.pickle.tensors.push(Tensor { storage, offset, shape, strides });
+                self.pickle.tensors.push(Tensor { storage, offset, shape, strides, is_lazy });
             }
             _ => return Err(self.damaged(format!("unexpected arguments of {global:?}"))),
         }
@@ -431,87 +342,7 @@ impl<'a> Machine<'a, '_> {
         Ok(self.stack.split_off(mark))
     }
 
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], TorchFileError> {
-        let Some(taken) = self.bytes[self.at..].first_chunk() else { return Err(self.ends_early()) };
-        self.at += N;
-        Ok(*taken)
-    }
-
-    /// Bytes that follow their own count, which has `N` bytes.
-    fn take_counted<const N: usize>(&mut self) -> Result<&'a [u8], TorchFileError> {
-        let mut count = [0; 8];
-        count[..N].copy_from_slice(&self.take::<N>()?);
-        let count = usize::try_from(u64::from_le_bytes(count)).ok();
-        let rest = &self.bytes[self.at..];
-        let Some(taken) = count.and_then(|count| rest.get(..count)) else { return Err(self.ends_early()) };
-        self.at += taken.len();
-        Ok(taken)
-    }
-
-    fn string<const N: usize>(&mut self) -> Result<(), TorchFileError> {
-        let bytes = self.take_counted::<N>()?;
-        let string = std::str::from_utf8(bytes).map_err(|_| self.damaged("a string is not UTF-8"))?;
-        self.stack.push(Value::Str(string));
-        Ok(())
-    }
-
-    fn line(&mut self) -> Result<&'a str, TorchFileError> {
-        let rest = &self.bytes[self.at..];
-        let Some(length) = rest.iter().position(|byte| *byte == b'\n') else { return Err(self.ends_early()) };
-        self.at += length + 1;
-        std::str::from_utf8(&rest[..length]).map_err(|_| self.damaged("a name is not UTF-8"))
-    }
-
-    fn ends_early(&self) -> TorchFileError {
-        if self.is_cut {
-            return TorchFileError::PickleTooLong { path: self.path.to_owned(), max: MAX_BYTES };
-        }
-        self.damaged("it ends early")
-    }
-
     fn damaged(&self, reason: impl Into<String>) -> TorchFileError {
-        let reason = format!("at byte {} of the pickle: {}", self.at, reason.into());
-        TorchFileError::Damaged { path: self.path.to_owned(), reason }
-    }
-}
-
-/// An integer of any length, little-endian two's complement.
-fn integer(bytes: &[u8]) -> Value<'_> {
-    if bytes.len() > 8 {
-        return Value::LongInt(bytes);
-    }
-    let is_negative = bytes.last().is_some_and(|byte| byte & 0x80 != 0);
-    let mut value = [if is_negative { 0xff } else { 0 }; 8];
-    value[..bytes.len()].copy_from_slice(bytes);
-    Value::Int(i64::from_le_bytes(value))
-}
-
-/// Names of the opcodes that are refused, as `pickletools` spells them.
-fn opcode_name(opcode: u8) -> &'static str {
-    match opcode {
-        b'F' => "FLOAT",
-        b'I' => "INT",
-        b'L' => "LONG",
-        b'P' => "PERSID",
-        b'S' => "STRING",
-        b'V' => "UNICODE",
-        b'd' => "DICT",
-        b'g' => "GET",
-        b'i' => "INST",
-        b'l' => "LIST",
-        b'o' => "OBJ",
-        b'p' => "PUT",
-        0x81 => "NEWOBJ",
-        0x82 => "EXT1",
-        0x83 => "EXT2",
-        0x84 => "EXT4",
-        0x8f => "EMPTY_SET",
-        0x90 => "ADDITEMS",
-        0x91 => "FROZENSET",
-        0x92 => "NEWOBJ_EX",
-        0x96 => "BYTEARRAY8",
-        0x97 => "NEXT_BUFFER",
-        0x98 => "READONLY_BUFFER",
-        _ => "unknown",
+        self.reader.damaged(reason)
     }
 }

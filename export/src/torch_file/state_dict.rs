@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::error::{TorchFileError, shown};
-use super::pickle::{Pickle, Value};
+use super::objects::{Pickle, Tensor, Value};
 use super::{StorageRanges, TorchTensor};
 
 /// Keys under which training scripts put the state dict.
@@ -25,14 +25,16 @@ pub(super) fn tensors(
     let mut names = BTreeSet::new();
     let mut tensors = Vec::new();
     for (key, value) in &pickle.dicts[state_dict(pickle, path)?] {
-        let Value::Tensor(tensor) = *value else { continue };
-        let Value::Str(name) = *key else {
-            let found = format!("a tensor under a key that is not a string: {}", shown(&format!("{key:?}")));
-            return Err(TorchFileError::NoTensors { path: path.to_owned(), found });
-        };
-        if !names.insert(name) {
+        // Of two, Python would keep the last; torch never writes two.
+        let name = if let Value::Str(name) = *key { Some(name) } else { None };
+        if let Some(name) = name.filter(|name| !names.insert(*name)) {
             return Err(TorchFileError::DuplicateTensor { path: path.to_owned(), tensor: shown(name) });
         }
+        let Value::Tensor(tensor) = *value else { continue };
+        let Some(name) = name else {
+            let found = "a tensor under a key that is not a string".to_owned();
+            return Err(TorchFileError::NoTensors { path: path.to_owned(), found });
+        };
         tensors.push(View { name, path, pickle, storages, tensor: &pickle.tensors[tensor] }.locate()?);
     }
     Ok(tensors)
@@ -96,7 +98,7 @@ struct View<'a> {
     path: &'a Path,
     pickle: &'a Pickle<'a>,
     storages: &'a StorageRanges<'a>,
-    tensor: &'a super::pickle::Tensor,
+    tensor: &'a Tensor,
 }
 
 impl View<'_> {
@@ -119,24 +121,26 @@ impl View<'_> {
         if strides.len() != shape.len() {
             return Err(self.invalid(format!("expected {} strides, got {}", shape.len(), strides.len())));
         }
+        if self.tensor.is_lazy {
+            return Err(TorchFileError::LazyTensor { path: path(), tensor: tensor() });
+        }
         let offset = self.tensor.offset;
         let num_elements = if shape.contains(&0) {
             Some(0)
         } else {
             shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size))
         };
-        let end = num_elements.and_then(|count| offset.checked_add(count)).filter(|end| *end <= found);
-        let (Some(num_elements), Some(end)) = (num_elements, end) else {
-            return Err(TorchFileError::OutOfStorage { path: path(), tensor: tensor(), shape, offset, found });
-        };
         let expected = contiguous_strides(&shape);
         // The stride of an axis of one element is never used, and torch leaves anything there.
         let is_contiguous =
-            num_elements == 0 || (0..shape.len()).all(|axis| shape[axis] == 1 || strides[axis] == expected[axis]);
+            num_elements == Some(0) || (0..shape.len()).all(|axis| shape[axis] == 1 || strides[axis] == expected[axis]);
         if !is_contiguous {
             let (path, tensor) = (path(), tensor());
             return Err(TorchFileError::NotContiguous { path, tensor, shape, expected, found: strides });
         }
+        let Some(end) = num_elements.and_then(|count| offset.checked_add(count)).filter(|end| *end <= found) else {
+            return Err(TorchFileError::OutOfStorage { path: path(), tensor: tensor(), shape, offset, found });
+        };
         // Both ends are within the storage, hence within the file: no overflow.
         let range = stored.start + offset * element_bytes..stored.start + end * element_bytes;
         Ok(TorchTensor { name: self.name.to_owned(), dtype: storage.dtype, shape, range })
@@ -160,7 +164,7 @@ impl View<'_> {
     }
 }
 
-/// Strides in elements of a row-major tensor whose number of elements does not overflow.
+/// Strides in elements of a row-major tensor; they saturate only where its number of elements overflows.
 fn contiguous_strides(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1_usize; shape.len()];
     for axis in (1..shape.len()).rev() {

@@ -20,8 +20,16 @@ const ZIP64_LOCATOR: &[u8] = b"PK\x06\x07";
 const ZIP64_EXTRA_ID: u16 = 1;
 const ENCRYPTED_FLAG: u16 = 1;
 
-/// Byte ranges of all entries by name; each lies within the file, before the directory.
-pub(super) fn entries<'a>(file: &'a [u8], path: &Path) -> Result<BTreeMap<&'a str, Range<usize>>, TorchFileError> {
+/// An entry's bytes as they lie in the file.
+pub(super) struct Stored {
+    /// Within the file, before the directory.
+    pub(super) range: Range<usize>,
+    /// 0 when the bytes are the content itself.
+    pub(super) method: u16,
+}
+
+/// All entries by name.
+pub(super) fn entries<'a>(file: &'a [u8], path: &Path) -> Result<BTreeMap<&'a str, Stored>, TorchFileError> {
     let damaged = |reason: String| TorchFileError::Damaged { path: path.to_owned(), reason };
     let (directory, num_entries) = directory(file).map_err(|reason| damaged(reason.to_owned()))?;
     let (data, mut rest) = (&file[..directory.start], &file[directory]);
@@ -30,14 +38,10 @@ pub(super) fn entries<'a>(file: &'a [u8], path: &Path) -> Result<BTreeMap<&'a st
         let (entry, after) = Entry::split_from(rest)
             .ok_or_else(|| damaged(format!("zip directory entry {} is invalid", entries.len() + 1)))?;
         rest = after;
-        if entry.method != 0 {
-            let (entry, method) = (shown(entry.name), entry.method);
-            return Err(TorchFileError::CompressedEntry { path: path.to_owned(), entry, method });
-        }
         let range = entry.range(data).ok_or_else(|| {
             damaged(format!("zip entry `{}` does not lie where the directory says", shown(entry.name)))
         })?;
-        if entries.insert(entry.name, range).is_some() {
+        if entries.insert(entry.name, Stored { range, method: entry.method }).is_some() {
             return Err(damaged(format!("zip entry `{}` is there twice", shown(entry.name))));
         }
     }
@@ -79,7 +83,8 @@ fn directory(file: &[u8]) -> Result<(Range<usize>, u64), &'static str> {
 struct Entry<'a> {
     name: &'a str,
     method: u16,
-    size: u64,
+    /// Bytes in the file.
+    stored_size: u64,
     header_at: u64,
 }
 
@@ -111,7 +116,7 @@ impl<'a> Entry<'a> {
         if is_encrypted || (method == 0 && size != stored_size) {
             return None;
         }
-        Some((Self { name: std::str::from_utf8(name).ok()?, method, size, header_at }, rest))
+        Some((Self { name: std::str::from_utf8(name).ok()?, method, stored_size, header_at }, rest))
     }
 
     /// Where the bytes lie in `data`, the part of the file before the directory. The sizes in the local header are not
@@ -125,7 +130,7 @@ impl<'a> Entry<'a> {
         }
         let (_extra, rest) = rest.split_at_checked(u16_at(header, 28)?.into())?;
         let start = data.len() - rest.len();
-        let size = usize::try_from(self.size).ok()?;
+        let size = usize::try_from(self.stored_size).ok()?;
         (size <= rest.len()).then(|| start..start + size)
     }
 }
