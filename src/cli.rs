@@ -80,12 +80,11 @@ pub struct ExportArgs {
     /// Example: --rounding nearest
     #[arg(long, value_enum, default_value_t = RoundingArg::Search)]
     pub rounding: RoundingArg,
-    /// What int8 learns the range of activations from: `random` (token ids), `none`, or a text file
+    /// What int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file
     ///
-    /// The decoder is run over a few hundred tokens, one layer at a time, and channels with a wide range are evened out in the
-    /// weights (SmoothQuant). A text like the captions to come does a little better than random ids.
-    /// Example: --precision int8 --calibration captions.txt
-    #[arg(long, value_name = "random|none|FILE", default_value = "random")]
+    /// The decoder is run over the first 512 tokens, one layer at a time, and channels with a wide range are evened out in the
+    /// weights (SmoothQuant). Example: --precision int8 --calibration my-captions.txt
+    #[arg(long, value_name = "captions|random|none|FILE", default_value = "captions")]
     pub calibration: String,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI
     ///

@@ -160,7 +160,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let DecoderConfig { hidden_size, intermediate_size, num_layers, mlp_bias, activation, .. } = *self.config;
         let prefix = format!("layers.{layer}");
         let is_last = layer + 1 == num_layers;
-        let LayerFactors { attention_output, mlp_input, mlp_hidden, .. } = self.migration.layer(layer);
+        let LayerFactors { mlp_input, mlp_hidden, .. } = self.migration.layer(layer);
         let attended = self.attention(layer, normed)?; // [B, S, heads * d]
         let (attended, hidden) = if is_last {
             let hidden = self.graph.node("Reshape", "/last/Reshape", &[hidden, &self.sequence_shape], vec![]);
@@ -175,7 +175,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let name = format!("{prefix}.self_attn.o_proj");
         let o_proj = self.linear(&name, (attention_size, hidden_size), self.config.attention_bias)?;
         let attended = self.input(&name, &attended);
-        let attended = o_proj.for_divided_input(attention_output.as_ref()).build(&mut self.graph, &attended);
+        let attended = o_proj.build(&mut self.graph, &attended);
         let norm = format!("{prefix}.post_attention_layernorm");
         let weight = self.norm_weight(&norm, mlp_input)?;
         let epsilon = self.config.rms_norm_eps;
@@ -209,7 +209,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
     /// `normed [T, H]` to `[B, S, heads * d]`, keys and values going into the cache.
     fn attention(&mut self, layer: usize, normed: &Value) -> Result<Value> {
         let DecoderConfig { hidden_size, num_heads, num_kv_heads, head_dim, attention_bias, .. } = *self.config;
-        let LayerFactors { attention_input, value_output, .. } = self.migration.layer(layer);
+        let LayerFactors { attention_input, .. } = self.migration.layer(layer);
         let prefix = format!("layers.{layer}.self_attn");
         let padded_head_dim = self.padded_head_dim;
         let find = |name: &str, num_heads: usize, is_rotary: bool| {
@@ -220,11 +220,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         };
         let query = find("q_proj", num_heads, true)?;
         let key = find("k_proj", num_kv_heads, true)?;
-        let value_output = value_output.as_deref().map(|factors| {
-            let padding = || std::iter::repeat_n(1.0, padded_head_dim - head_dim);
-            factors.chunks(head_dim).flat_map(|head| head.iter().copied().chain(padding())).collect::<Vec<f32>>()
-        });
-        let value = find("v_proj", num_kv_heads, false)?.with_divided_output(value_output.as_deref());
+        let value = find("v_proj", num_kv_heads, false)?;
         let packed = query.then(key, String::new()).then(value, format!("/{prefix}.qkv_proj"));
         let normed = self.input(&format!("{prefix}.qkv_proj"), normed);
         let packed = packed.for_divided_input(attention_input.as_ref()).build(&mut self.graph, &normed);

@@ -218,7 +218,7 @@ fn migration(checkpoint: &Checkpoint, config: &DecoderConfig, options: &ExportOp
         false => Ok(()),
     };
     let stats = calibrate::run(checkpoint, config, &windows, &check)?;
-    Ok(Migration::of_stats(&stats, config))
+    Ok(Migration::of_stats(&stats))
 }
 
 /// Over everything that decides a caption: the files by their hashes, and the settings beside them; not the folder's name.

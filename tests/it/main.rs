@@ -6,11 +6,13 @@
 mod bad_inputs;
 mod command_line;
 mod demo;
+mod golden;
 mod independence;
 mod layouts;
 mod library;
 mod load;
 mod parity;
+mod precisions;
 mod preprocessing;
 mod shards;
 mod shutdown;
