@@ -30,9 +30,10 @@ pub enum Command {
     /// Turn a LLaVA checkpoint into a bundle of ONNX graphs
     ///
     /// The graphs (vision tower, projector, decoder with KV cache) are written straight from the weights: no Python, no
-    /// tracing, and memory that does not grow with the model. The checkpoint is a folder as transformers saves it:
-    /// config.json, *.safetensors, tokenizer.json.
-    #[command(after_long_help = "Example:\n  recaption export llava-llama-3-8b --out bundles/llava-8b")]
+    /// tracing, and memory that does not grow with the model. The checkpoint is a folder in transformers' layout or in that of
+    /// the LLaVA repository: config.json, *.safetensors or pytorch_model*.bin, tokenizer.json.
+    #[command(after_long_help = "Examples:\n  recaption export llava-llama-3-8b --out bundles/llava-8b\n  \
+        recaption export vicuna-7b --lora llava-lora --vision-tower clip-vit-l-336 --out bundles/llava-7b")]
     Export(ExportArgs),
     /// Caption images with a bundle
     ///
@@ -95,6 +96,20 @@ pub struct ExportArgs {
     /// Example: --target tensorrt --precision fp16
     #[arg(long, value_enum, default_value_t = TargetArg::Ort)]
     pub target: TargetArg,
+    /// Folder of the CLIP vision tower, for a checkpoint without
+    ///
+    /// LLaVA's own layout may leave the tower out; config.json then names it (mm_vision_tower). The folder is one of
+    /// transformers: config.json, model.safetensors or pytorch_model.bin, preprocessor_config.json. For a checkpoint that
+    /// embeds its tower in that layout, only the settings are read, not the weights. Example: --vision-tower
+    /// clip-vit-large-patch14-336
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
+    /// Folder of a LoRA adapter to merge into the weights
+    ///
+    /// As peft saves it: adapter_config.json with adapter_model.safetensors or adapter_model.bin, and LLaVA's
+    /// non_lora_trainables.bin and config.json where they are. Example: --lora llava-v1.5-7b-lora
+    #[arg(long, value_name = "DIR")]
+    pub lora: Option<PathBuf>,
     /// tokenizer.json, or a folder that has one, for a checkpoint without
     ///
     /// Example: --tokenizer Meta-Llama-3-8B-Instruct

@@ -371,12 +371,6 @@ impl<'a> GraphBuilder<'a> {
         }
     }
 
-    /// Names of the operators used, with their domain where it is not the standard one.
-    #[cfg(test)]
-    pub(crate) fn op_types(&self) -> std::collections::BTreeSet<String> {
-        self.nodes.iter().map(crate::lint::op_name).collect()
-    }
-
     /// Writes `NAME.onnx` and, where there are weights, `NAME.onnx.data` into `folder`.
     ///
     /// # Errors

@@ -27,6 +27,7 @@ mod quantize;
 mod rope;
 mod tensor;
 mod tokenizer_files;
+mod torch_file;
 mod vision_tower;
 mod weight;
 
@@ -76,6 +77,10 @@ pub struct ExportOptions {
     pub reduce_range: bool,
     /// Operators to build the graphs from.
     pub target: Target,
+    /// Folder of the CLIP vision tower, for checkpoints of the original layout.
+    pub vision_tower: Option<PathBuf>,
+    /// Folder of a LoRA adapter to merge into the weights.
+    pub lora: Option<PathBuf>,
     /// `tokenizer.json`, or a folder that has one, for checkpoints without.
     pub tokenizer: Option<PathBuf>,
     /// Replace a bundle that stands at the output folder.
@@ -94,6 +99,8 @@ impl Default for ExportOptions {
             calibration: Calibration::default(),
             reduce_range: false,
             target: Target::Ort,
+            vision_tower: None,
+            lora: None,
             tokenizer: None,
             overwrite: false,
             cancel: Arc::default(),
@@ -119,8 +126,8 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     }
     .resolve()?;
     let output = OutputFolder::check(bundle_folder, options.overwrite)?;
-    let checkpoint = Checkpoint::open(checkpoint_folder)?;
-    let config = LlavaConfig::from_json(&checkpoint.config, &checkpoint_folder.join("config.json"))?;
+    let checkpoint = Checkpoint::open(checkpoint_folder, options.vision_tower.as_deref(), options.lora.as_deref())?;
+    let config = LlavaConfig::read(&checkpoint)?;
     let text = TokenizerFiles::read(&checkpoint, &config, options.tokenizer.as_deref())?;
     let preprocessing = processor_config::read(&checkpoint, config.vision.image_size)?;
     let vision_tower = vision_tower::build(&checkpoint, &config.vision, &preprocessing, vision_format)?;
@@ -147,8 +154,8 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
         producer: concat!("recaption ", env!("CARGO_PKG_VERSION")).to_owned(),
         source: Source {
             name: folder_name(checkpoint_folder),
-            layout: "transformers-llava".to_owned(),
-            fingerprint: checkpoint.fingerprint().to_owned(),
+            layout: checkpoint.layout.name().to_owned(),
+            fingerprint: checkpoint.fingerprint(),
         },
         precision: options.precision,
         vision_precision,

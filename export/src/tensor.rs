@@ -5,7 +5,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use crate::checkpoint::Shard;
+use crate::checkpoint::{LowRank, Shard};
 use crate::error::{Error, Result};
 
 /// Elements converted at a time: 1 MiB of f32, which stays in a core's cache between one step and the next.
@@ -24,6 +24,8 @@ pub(crate) struct StoredTensor<'a> {
     pub(crate) start: usize,
     pub(crate) end: usize,
     pub(crate) shard: &'a Shard,
+    /// What a LoRA adapter adds.
+    pub(crate) update: Option<Box<LowRank<'a>>>,
 }
 
 impl StoredTensor<'_> {
@@ -55,10 +57,12 @@ impl StoredTensor<'_> {
         part.shape[0] = count;
         part.start = self.start + first * row_bytes;
         part.end = part.start + count * row_bytes;
+        part.update = self.update.as_ref().map(|update| Box::new(update.rows(first)));
         part
     }
 
-    /// Hands the values to `sink` in blocks of whole rows, which it may change, then releases the file's pages.
+    /// Hands the values, a LoRA update added, to `sink` in blocks of whole rows, which it may change, then releases the
+    /// file's pages.
     ///
     /// # Errors
     /// [`Error::NonFiniteWeight`] after the last block, or what `sink` returns.
@@ -66,12 +70,16 @@ impl StoredTensor<'_> {
         let bytes = &self.shard.map[self.start..self.end];
         let rows_per_block = (BLOCK_ELEMENTS / self.row_size().max(1)).max(1);
         let block_bytes = (rows_per_block * self.row_size() * self.element_bytes()).max(1);
+        let factors = self.update.as_ref().map(|update| update.factors(self.shape[0])).transpose()?;
         let mut num_non_finite = 0;
         let mut values = Vec::new();
         let mut released = self.start;
         for (index, block) in bytes.chunks(block_bytes).enumerate() {
             values.resize(block.len() / self.element_bytes(), 0.0);
             self.widen(block, &mut values);
+            if let Some(factors) = &factors {
+                factors.add_to(&mut values, index * rows_per_block, self.row_size());
+            }
             num_non_finite += values.iter().filter(|value| !value.is_finite()).count();
             sink(&mut values)?;
             let done = self.start + index * block_bytes + block.len();

@@ -31,6 +31,8 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
             TargetArg::Ort => Target::Ort,
             TargetArg::Tensorrt => Target::TensorRt,
         },
+        vision_tower: args.vision_tower.clone(),
+        lora: args.lora.clone(),
         tokenizer: args.tokenizer.clone(),
         overwrite: args.overwrite,
         cancel: super::interrupt_flag(),

@@ -12,7 +12,7 @@ use recaption::pipeline::preprocess::{PixelFormat, PixelValues, Preprocessor};
 use recaption::runtime::Device;
 use serde_json::Value;
 
-use crate::support::{bundle, checkpoints, printed_rows, read_json, recaption, root, stderr};
+use crate::support::{bundle, checkpoints, export_options, printed_rows, read_json, recaption, root, stderr};
 
 /// One checkpoint and its goldens.
 pub(crate) struct Golden {
@@ -29,7 +29,7 @@ impl Golden {
                 Self { name, json }
             })
             .collect();
-        assert!(goldens.len() >= 8, "{} checkpoints", goldens.len());
+        assert!(goldens.len() >= 17, "{} checkpoints", goldens.len());
         goldens
     }
 
@@ -39,7 +39,9 @@ impl Golden {
 
     /// The checkpoint's folder, and `options` with what it needs beside itself.
     pub(crate) fn export_options(&self, options: &ExportOptions) -> (PathBuf, ExportOptions) {
-        (root(&format!("tests/data/checkpoints/{}", self.name)), options.clone())
+        let folder = root(&format!("tests/data/checkpoints/{}", self.name));
+        let ExportOptions { vision_tower, lora, tokenizer, .. } = export_options(&folder);
+        (folder, ExportOptions { vision_tower, lora, tokenizer, ..options.clone() })
     }
 
     pub(crate) fn prompt(&self) -> &str {

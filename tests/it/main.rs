@@ -8,6 +8,7 @@ mod command_line;
 mod demo;
 mod golden;
 mod independence;
+mod layouts;
 mod library;
 mod load;
 mod parity;
