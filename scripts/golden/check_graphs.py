@@ -1,8 +1,8 @@
 """Exports every golden checkpoint in every precision for every target; checks the graphs by others' means.
 
 Each graph goes through onnx.checker with full_check (which infers all shapes) and loads in ONNX Runtime. bf16
-has no kernels on the CPU: there a copy with every bf16 tensor as f32 is loaded, and its vision tower must give
-what the fp32 bundle's gives, within bf16's precision.
+has no kernels on the CPU: there a copy with every bf16 tensor as f32 is loaded, and its vision tower gives
+what that of the fp32 bundle gives, within the precision of bf16.
 
     python scripts/golden/check_graphs.py --recaption target/release/recaption
 """
