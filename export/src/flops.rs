@@ -64,10 +64,7 @@ pub fn vision_tower(dims: &VisionDims) -> u64 {
 pub fn projector(vision: &VisionDims, decoder: &DecoderDims) -> u64 {
     let feature_size = vision.hidden_size.saturating_mul(vision.feature_layers.len());
     let (num_tokens, hidden_size) = (vision.num_image_tokens, decoder.hidden_size);
-    sum([
-        product(&[2, num_tokens, feature_size, hidden_size]),
-        product(&[2, num_tokens, hidden_size, hidden_size]),
-    ])
+    sum([product(&[2, num_tokens, feature_size, hidden_size]), product(&[2, num_tokens, hidden_size, hidden_size])])
 }
 
 /// `S` tokens, the image's among them, into an empty cache. With `L` layers, width `H`, `h` heads of width `d`, `k`
@@ -103,8 +100,8 @@ pub fn decode(dims: &DecoderDims, num_tokens: usize, new_tokens: usize) -> u64 {
     let layer = qkv(dims).saturating_add(output_and_mlp(dims));
     let step = times(layer, dims.num_layers).saturating_add(head(dims));
     // Step k sees num_tokens + k.
-    let num_seen = product(&[num_steps, num_tokens])
-        .saturating_add(product(&[num_steps, num_steps.saturating_add(1)]) / 2);
+    let num_seen =
+        product(&[num_steps, num_tokens]).saturating_add(product(&[num_steps, num_steps.saturating_add(1)]) / 2);
     times(step, num_steps).saturating_add(times(num_seen.saturating_mul(attention(dims)), dims.num_layers))
 }
 

@@ -75,6 +75,16 @@ pub enum BundleKind {
     Llava,
 }
 
+impl BundleKind {
+    /// As the manifest spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llava => "llava",
+        }
+    }
+}
+
 /// Precision of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

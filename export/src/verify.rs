@@ -107,3 +107,102 @@ fn difference(bundle: &Path, file: &BundleFile, progress: &mut dyn FnMut(u64)) -
     let is_same = hex(&hash.finalize()).eq_ignore_ascii_case(&file.sha256);
     Ok((!is_same).then_some(Difference::Contents))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::{ExportOptions, export};
+
+    fn exported() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/checkpoints/published-f16");
+        let bundle = folder.path().join("bundle");
+        export(&checkpoint, &bundle, &ExportOptions::default()).unwrap();
+        (folder, bundle)
+    }
+
+    fn differences(bundle: &Path) -> Vec<(String, Difference)> {
+        match verify(bundle, &Manifest::read(bundle).unwrap(), &mut |_| ()) {
+            Ok(()) => Vec::new(),
+            Err(Error::DifferentFiles { differences, .. }) => {
+                differences.into_iter().map(|file| (file.path, file.difference)).collect()
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn every_file_that_differs_is_named() {
+        let (_folder, bundle) = exported();
+        let manifest = Manifest::read(&bundle).unwrap();
+        let mut num_bytes = 0;
+        verify(&bundle, &manifest, &mut |bytes| num_bytes += bytes).unwrap();
+        assert_eq!(num_bytes, manifest.files.iter().map(|file| file.size).sum::<u64>());
+
+        let data = bundle.join("decoder.onnx.data");
+        let mut bytes = std::fs::read(&data).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&data, &bytes).unwrap();
+        std::fs::remove_file(bundle.join("projector.onnx")).unwrap();
+        std::fs::remove_file(bundle.join("projector.onnx.data")).unwrap();
+        std::fs::create_dir(bundle.join("projector.onnx.data")).unwrap();
+        std::fs::write(bundle.join("tokenizer.json"), "{}").unwrap();
+        std::fs::write(bundle.join("notes.txt"), "mine").unwrap();
+        let size = manifest.file("tokenizer.json").unwrap().size;
+        let expected = [
+            ("tokenizer.json", Difference::Size { expected: size, found: 2 }),
+            ("projector.onnx.data", Difference::Missing),
+            ("projector.onnx", Difference::Missing),
+            ("decoder.onnx.data", Difference::Contents),
+            ("notes.txt", Difference::Extra),
+        ];
+        assert_eq!(differences(&bundle), expected.map(|(name, difference)| (name.to_owned(), difference)));
+    }
+
+    #[test]
+    fn a_manifest_that_was_edited_is_named_but_for_the_checkpoints_name() {
+        let (_folder, bundle) = exported();
+        let path = bundle.join(FILE_NAME);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let edit = |from: &str, to: &str| {
+            assert!(text.contains(from));
+            std::fs::write(&path, text.replacen(from, to, 1)).unwrap();
+            differences(&bundle)
+        };
+        assert_eq!(edit("\"name\": \"published-f16\"", "\"name\": \"other\""), []);
+        assert_eq!(
+            edit("\"stop_token_ids\": [", "\"stop_token_ids\": [7,"),
+            [(FILE_NAME.to_owned(), Difference::Contents)]
+        );
+    }
+
+    #[test]
+    fn a_manifest_names_files_of_the_bundle_only() {
+        let (_folder, bundle) = exported();
+        let path = bundle.join(FILE_NAME);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let refusal = |from: &str, to: &str| {
+            let edited = text.replacen(from, to, 1);
+            assert!(edited != text, "no {from}");
+            std::fs::write(&path, edited).unwrap();
+            Manifest::read(&bundle).expect_err(to).to_string()
+        };
+        for name in ["../decoder.onnx", "/etc/passwd", "a\\\\b", "C:b", "..", "", "manifest.json", "\\u001b[2J"] {
+            for key in ["path", "file"] {
+                let old = if key == "path" { "tokenizer.json" } else { "decoder.onnx" };
+                let message = refusal(&format!("\"{key}\": \"{old}\""), &format!("\"{key}\": \"{name}\""));
+                assert!(message.contains("expected the plain name of a file in the bundle"), "{message}");
+                assert!(!message.contains('\u{1b}'), "{message:?}");
+            }
+        }
+        let message = refusal("\"file\": \"decoder.onnx\"", "\"file\": \"no.onnx\"");
+        assert!(message.contains("`graphs.decoder`: `no.onnx` is not among `files`"), "{message}");
+        let message = refusal("\"patch_size\": 7", "\"patch_size\": 0");
+        assert!(message.contains("`vision.patch_size`: expected 1 to 16777216, got 0"), "{message}");
+        std::fs::write(&path, vec![b' '; (16 << 20) + 1]).unwrap();
+        assert!(matches!(Manifest::read(&bundle), Err(Error::TooLarge { .. })));
+    }
+}
