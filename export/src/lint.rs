@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(error.to_string(), expected);
         // A standard name in another domain is another operator, and so is one with a subgraph.
         for foreign in [node(MICROSOFT, "Add"), node("", "If"), node("evil", "Add"), NodeProto::default()] {
-            assert!(check("decoder", &[foreign.clone()], Target::Ort).is_err(), "{foreign:?}");
+            assert!(check("decoder", std::slice::from_ref(&foreign), Target::Ort).is_err(), "{foreign:?}");
         }
     }
 }

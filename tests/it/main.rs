@@ -7,6 +7,7 @@ mod bad_inputs;
 mod command_line;
 mod demo;
 mod independence;
+mod inspect;
 mod library;
 mod load;
 mod parity;

@@ -136,16 +136,14 @@ fn graph(graph: &GraphReport) -> String {
 fn groups(specs: &[TensorSpec]) -> Vec<Vec<String>> {
     let mut rows: Vec<(Option<LayerNames>, &TensorSpec)> = Vec::new();
     for spec in specs {
-        let names = LayerNames::of(&spec.name);
-        let same = rows.iter_mut().find_map(|(other, first)| {
-            let other = other.as_mut().zip(names.as_ref()).map(|(other, names)| (other, names));
-            other.filter(|(other, names)| {
-                other.prefix == names.prefix && (first.dtype, &first.shape) == (spec.dtype, &spec.shape)
-            })
-        });
-        match same {
-            Some((other, names)) => other.join(names),
-            None => rows.push((names, spec)),
+        let kind = (spec.dtype, &spec.shape);
+        match (rows.last_mut(), LayerNames::of(&spec.name)) {
+            (Some((Some(row), first)), Some(names))
+                if row.prefix == names.prefix && (first.dtype, &first.shape) == kind =>
+            {
+                row.join(names);
+            }
+            (_, names) => rows.push((names, spec)),
         }
     }
     rows.into_iter()
@@ -172,12 +170,12 @@ impl LayerNames {
         Some(Self { prefix: prefix.to_owned(), first: layer, last: layer, suffixes: vec![suffix.to_owned()] })
     }
 
-    fn join(&mut self, other: &Self) {
+    fn join(&mut self, other: Self) {
         self.first = self.first.min(other.first);
         self.last = self.last.max(other.last);
-        for suffix in &other.suffixes {
-            if !self.suffixes.contains(suffix) {
-                self.suffixes.push(suffix.clone());
+        for suffix in other.suffixes {
+            if !self.suffixes.contains(&suffix) {
+                self.suffixes.push(suffix);
             }
         }
     }
