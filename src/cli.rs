@@ -47,6 +47,15 @@ pub enum Command {
         recaption run 'shards/{00000..00012}.tar' --model bundles/llava-8b --out captions\n  \
         find . -name '*.png' | recaption run - --model bundles/llava-8b --out captions --provider cuda")]
     Run(RunArgs),
+    /// Say what is in a bundle, and whether it is whole
+    ///
+    /// Its graphs with their inputs, operators and weights, the memory of a caption in flight, and the arithmetic of an image.
+    /// Every operator is checked against the bundle's target, and every graph against the manifest: what does not fit is an
+    /// error (exit code 2).
+    #[command(after_long_help = "Examples:\n  recaption inspect bundles/llava-8b\n  \
+        recaption inspect bundles/llava-8b --verify\n  \
+        recaption inspect bundles/llava-8b --json | jq .flops_per_image.total")]
+    Inspect(InspectArgs),
 }
 
 /// `recaption export`.
@@ -297,6 +306,34 @@ pub struct RunArgs {
     /// Panic in STAGE:N, at its item N, to test that a run ends well
     #[arg(long, hide = true, value_name = "STAGE[:N]", value_parser = parse_injection)]
     pub inject_panic: Option<(Stage, usize)>,
+}
+
+/// `recaption inspect`.
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// Folder of the bundle, made by `recaption export`
+    #[arg(value_name = "BUNDLE_DIR")]
+    pub bundle: PathBuf,
+    /// Print JSON, with exact numbers
+    ///
+    /// Sizes are bytes, and arithmetic is floating-point operations. Example: --json
+    #[arg(long)]
+    pub json: bool,
+    /// Read all files and compare their SHA-256 with the manifest's
+    ///
+    /// Names each file that differs, is missing or is extra. Without it only sizes are compared. Example: --verify
+    #[arg(long)]
+    pub verify: bool,
+    /// Tokens of text around the image, for memory and arithmetic
+    ///
+    /// The default is about what the paper's prompt and its frame take. Example: --prompt-tokens 100
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub prompt_tokens: u32,
+    /// New tokens of a caption, for arithmetic
+    ///
+    /// The stop token is one of them. Example: --new-tokens 128
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub new_tokens: u32,
 }
 
 /// Formats of `--format`.

@@ -3,6 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::torch_file::TorchFileError;
+use crate::verify::{Difference, FileDifference};
+
+const EXPORT_AGAIN: &str = "export the checkpoint again with --overwrite";
 
 /// Why an export stopped. `Display` is one line; [`Error::hint`] says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +149,30 @@ pub enum Error {
         /// The target.
         target: &'static str,
     },
+    /// A file is larger than any of its kind: not read.
+    #[error("`{path}` is larger than {max_bytes} bytes, the most that is read of such a file")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The most.
+        max_bytes: u64,
+    },
+    /// A graph does not decode, or is not the one that the manifest describes.
+    #[error("graph `{path}`: {reason}")]
+    InvalidGraph {
+        /// The `.onnx` file.
+        path: PathBuf,
+        /// What is wrong in it.
+        reason: String,
+    },
+    /// Files of a bundle are not as they were exported.
+    #[error("bundle `{path}` is not as it was exported: {}", join(differences))]
+    DifferentFiles {
+        /// The bundle.
+        path: PathBuf,
+        /// Each file that differs.
+        differences: Vec<FileDifference>,
+    },
     /// The user ended the export; nothing was left behind.
     #[error("export was interrupted; nothing was written")]
     Cancelled,
@@ -190,6 +217,17 @@ impl Error {
             Self::NonFiniteWeight { .. } => {
                 Some("the checkpoint is damaged or was saved after a diverged training run".to_owned())
             }
+            Self::DifferentFiles { differences, .. } => {
+                let is_extra = |file: &&FileDifference| file.difference == Difference::Extra;
+                Some(match (differences.iter().filter(is_extra).count(), differences.len()) {
+                    (0, _) => EXPORT_AGAIN.to_owned(),
+                    (extra, all) if extra == all => "move what does not belong to the bundle elsewhere".to_owned(),
+                    _ => format!("move what does not belong to the bundle elsewhere, then {EXPORT_AGAIN}"),
+                })
+            }
+            Self::InvalidGraph { .. } | Self::ForeignOperator { .. } | Self::TooLarge { .. } => {
+                Some(EXPORT_AGAIN.to_owned())
+            }
             _ => None,
         }
     }
@@ -215,6 +253,10 @@ impl Error {
             "only LLaVA-1.5 checkpoints export: one view of each image",
         )
     }
+}
+
+fn join(differences: &[FileDifference]) -> String {
+    differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Shorthand for results of this crate.

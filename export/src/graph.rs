@@ -5,6 +5,7 @@
 //! file block by block when the graph is written, so memory does not grow with the model.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -53,6 +54,27 @@ pub enum DataType {
 }
 
 impl DataType {
+    const ALL: [Self; 7] = [Self::F32, Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::BF16];
+
+    /// The type of ONNX's number `code`, if graphs here use it.
+    pub(crate) fn from_onnx(code: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&data_type| data_type as i32 == code)
+    }
+
+    /// As the manifest spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::U8 => "u8",
+            Self::I8 => "i8",
+            Self::I32 => "i32",
+            Self::I64 => "i64",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+        }
+    }
+
     /// Bytes per element.
     #[must_use]
     pub fn size(self) -> usize {
@@ -73,6 +95,15 @@ pub enum Dim {
     Fixed(usize),
     /// Chosen by the caller of each run.
     Named(String),
+}
+
+impl fmt::Display for Dim {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(value) => value.fmt(formatter),
+            Self::Named(name) => name.fmt(formatter),
+        }
+    }
 }
 
 impl From<usize> for Dim {

@@ -14,7 +14,9 @@ mod config;
 mod data_file;
 mod decoder;
 mod error;
+pub mod flops;
 mod graph;
+pub mod inspect;
 mod linear;
 mod lint;
 mod manifest;
@@ -28,6 +30,7 @@ mod rope;
 mod tensor;
 mod tokenizer_files;
 mod torch_file;
+pub mod verify;
 mod vision_tower;
 mod weight;
 
@@ -166,6 +169,7 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
             image_size: config.vision.image_size,
             patch_size: config.vision.patch_size,
             hidden_size: config.vision.hidden_size,
+            intermediate_size: config.vision.intermediate_size,
             num_layers: config.vision.num_layers(),
             feature_layers: config.vision.feature_layers.clone(),
             num_image_tokens: config.vision.num_image_tokens(),

@@ -94,3 +94,38 @@ pub(crate) fn check(graph: &str, nodes: &[NodeProto], target: Target) -> Result<
 }
 
 const _: () = assert!(MICROSOFT.len() == 13, "the names above spell the domain out");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(domain: &str, op_type: &str) -> NodeProto {
+        NodeProto {
+            name: Some(format!("/{op_type}")),
+            op_type: Some(op_type.to_owned()),
+            domain: Some(domain.to_owned()),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn operators_count_by_domain() {
+        let nodes = [node("", "Add"), node("ai.onnx", "Add"), node(MICROSOFT, "Add"), NodeProto::default()];
+        let counts = count_ops(&nodes);
+        assert_eq!(counts, [("Add", 2), ("com.microsoft.Add", 1), ("", 1)].map(|(op, n)| (op.to_owned(), n)).into());
+    }
+
+    #[test]
+    fn a_target_has_its_own_operators_only() {
+        let fused = [node("", "Add"), node(MICROSOFT, "GroupQueryAttention")];
+        assert!(check("decoder", &fused, Target::Ort).is_ok());
+        let error = check("decoder", &fused, Target::TensorRt).expect_err("not TensorRT's");
+        let expected = "`decoder` node `/GroupQueryAttention`: operator `com.microsoft.GroupQueryAttention` is not one of \
+                        target tensorrt";
+        assert_eq!(error.to_string(), expected);
+        // A standard name in another domain is another operator, and so is one with a subgraph.
+        for foreign in [node(MICROSOFT, "Add"), node("", "If"), node("evil", "Add"), NodeProto::default()] {
+            assert!(check("decoder", std::slice::from_ref(&foreign), Target::Ort).is_err(), "{foreign:?}");
+        }
+    }
+}

@@ -2,19 +2,25 @@
 //! shapes and types from here and never looks at the checkpoint.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use crate::config::MAX_DIMENSION;
 use crate::error::{Error, Result};
-use crate::graph::{DataType, Dim};
+use crate::graph::{DataType, Dim, hex};
 use crate::processor_config::Preprocessing;
 use crate::weight::Weight;
 
 /// Version of the manifest's layout; raised when a reader of the old one would go wrong.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// The manifest's file name.
 pub const FILE_NAME: &str = "manifest.json";
+/// Most bytes of a manifest; that of an 80-layer decoder has 0.1 MB.
+const MAX_BYTES: u64 = 16 << 20;
 
 /// The contents of `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -67,6 +73,16 @@ pub struct Manifest {
 pub enum BundleKind {
     /// Captions images: vision tower, projector, decoder.
     Llava,
+}
+
+impl BundleKind {
+    /// As the manifest spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llava => "llava",
+        }
+    }
 }
 
 /// Precision of the weights.
@@ -169,6 +185,8 @@ pub struct VisionDims {
     pub patch_size: usize,
     /// Width of the tower.
     pub hidden_size: usize,
+    /// Width of its MLP.
+    pub intermediate_size: usize,
     /// Encoder layers computed.
     pub num_layers: usize,
     /// Hidden states taken, counted from the embeddings (0).
@@ -313,6 +331,14 @@ pub struct TensorSpec {
     pub shape: Vec<Dim>,
 }
 
+impl TensorSpec {
+    /// `[batch, 3, 336, 336]`
+    #[must_use]
+    pub fn shape_text(&self) -> String {
+        format!("[{}]", self.shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+    }
+}
+
 /// A file of the bundle.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BundleFile {
@@ -335,7 +361,7 @@ impl Manifest {
         if !path.is_file() {
             return Err(Error::NotABundle { path: bundle.to_owned() });
         }
-        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let text = read_at_most(&path, MAX_BYTES)?;
         let invalid = |reason: String| Error::InvalidConfig { path: path.clone(), reason };
         let json: serde_json::Value = serde_json::from_slice(&text).map_err(|reason| invalid(reason.to_string()))?;
         let version = json.get("format_version").and_then(serde_json::Value::as_u64);
@@ -345,6 +371,87 @@ impl Manifest {
                 "expected format_version {FORMAT_VERSION}, got {found}; export the checkpoint again"
             )));
         }
-        serde_json::from_value(json).map_err(|reason| invalid(reason.to_string()))
+        let manifest: Self = serde_json::from_value(json).map_err(|reason| invalid(reason.to_string()))?;
+        manifest.check_dims().and_then(|()| manifest.check_file_names()).map_err(invalid)?;
+        Ok(manifest)
+    }
+
+    /// The graphs with their names, in the order they run.
+    #[must_use]
+    pub fn named_graphs(&self) -> Vec<(&'static str, &GraphFile)> {
+        let Graphs { vision_tower, projector, decoder } = &self.graphs;
+        vec![("vision_tower", vision_tower), ("projector", projector), ("decoder", decoder)]
+    }
+
+    /// The entry of the file `name`.
+    #[must_use]
+    pub fn file(&self, name: &str) -> Option<&BundleFile> {
+        self.files.iter().find(|file| file.path == name)
+    }
+
+    /// Whoever reads a manifest opens the files that it names: they are the bundle's own.
+    fn check_file_names(&self) -> Result<(), String> {
+        let graphs = self.named_graphs();
+        let names = self.files.iter().map(|file| &file.path).chain(graphs.iter().map(|(_, graph)| &graph.file));
+        for name in names {
+            let is_plain = !name.contains(['/', '\\', ':']) && !name.chars().any(char::is_control);
+            if !is_plain || ["", ".", "..", FILE_NAME].contains(&name.as_str()) {
+                return Err(format!("file name {name:?}: expected the plain name of a file in the bundle"));
+            }
+        }
+        match graphs.iter().find(|(_, graph)| self.file(&graph.file).is_none()) {
+            Some((name, graph)) => Err(format!("`graphs.{name}`: `{}` is not among `files`", graph.file)),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses numbers that no model has, so that sizes made from them need no further care.
+    fn check_dims(&self) -> Result<(), String> {
+        let (vision, decoder) = (&self.vision, &self.decoder);
+        let dims = [
+            ("vision.image_size", vision.image_size),
+            ("vision.patch_size", vision.patch_size),
+            ("vision.hidden_size", vision.hidden_size),
+            ("vision.intermediate_size", vision.intermediate_size),
+            ("vision.num_layers", vision.num_layers.max(1)),
+            ("vision.num_image_tokens", vision.num_image_tokens),
+            ("decoder.num_layers", decoder.num_layers),
+            ("decoder.hidden_size", decoder.hidden_size),
+            ("decoder.intermediate_size", decoder.intermediate_size),
+            ("decoder.num_heads", decoder.num_heads),
+            ("decoder.num_kv_heads", decoder.num_kv_heads),
+            ("decoder.head_dim", decoder.head_dim),
+            ("decoder.vocab_size", decoder.vocab_size),
+            ("decoder.max_position_embeddings", decoder.max_position_embeddings),
+        ];
+        match dims.iter().find(|(_, value)| !(1..=MAX_DIMENSION).contains(value)) {
+            Some((name, value)) => Err(format!("`{name}`: expected 1 to {MAX_DIMENSION}, got {value}")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The fingerprint that the contents of `BUNDLE/manifest.json` have, whichever they say they have. Goes by the JSON, not by
+/// [`Manifest`], so that a field that a later version adds does not change it.
+pub(crate) fn read_fingerprint(bundle: &Path) -> Result<String> {
+    let path = bundle.join(FILE_NAME);
+    let invalid = |reason: serde_json::Error| Error::InvalidConfig { path: path.clone(), reason: reason.to_string() };
+    let mut json: serde_json::Value = serde_json::from_slice(&read_at_most(&path, MAX_BYTES)?).map_err(invalid)?;
+    for changeable in ["/source/name", "/fingerprint"] {
+        if let Some(value) = json.pointer_mut(changeable) {
+            *value = "".into();
+        }
+    }
+    Ok(hex(&Sha256::digest(serde_json::to_vec(&json).map_err(invalid)?)))
+}
+
+/// The whole file, unless it is larger than any of its kind.
+pub(crate) fn read_at_most(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    match bytes.len() as u64 > max_bytes {
+        true => Err(Error::TooLarge { path: path.to_owned(), max_bytes }),
+        false => Ok(bytes),
     }
 }

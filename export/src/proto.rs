@@ -4,6 +4,9 @@
 
 #![expect(missing_docs, reason = "field meanings are those of the ONNX specification, onnx/onnx.proto")]
 
+/// Encodes and decodes them.
+pub use prost::Message;
+
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct ModelProto {
     #[prost(int64, optional, tag = "1")]

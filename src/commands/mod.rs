@@ -1,6 +1,7 @@
 //! One file per subcommand: arguments to options, the call, the summary.
 
 mod export;
+mod inspect;
 mod run;
 
 use std::process::ExitCode;
@@ -47,6 +48,7 @@ fn interrupt_flag() -> Arc<AtomicBool> {
 pub fn execute(command: Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Export(args) => export::execute(&args),
+        Command::Inspect(args) => inspect::execute(&args),
         Command::Run(args) => run::execute(args),
     }
 }

@@ -33,11 +33,12 @@ pub(crate) enum CacheUse {
 /// Shape of the cache of one slot, as the decoder's graph declares it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CacheShape {
-    num_layers: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    dtype: DataType,
-    is_in_place: bool,
+    pub(crate) num_layers: usize,
+    pub(crate) num_kv_heads: usize,
+    /// As wide as the graph has it: padded, where its attention needs that.
+    pub(crate) head_dim: usize,
+    pub(crate) dtype: DataType,
+    pub(crate) is_in_place: bool,
 }
 
 impl CacheShape {
@@ -64,8 +65,14 @@ impl CacheShape {
 
     /// Bytes that one slot of `max_length` tokens takes.
     pub(crate) fn bytes_per_slot(self, max_length: usize) -> usize {
-        let num_copies = if self.is_in_place { 1 } else { 2 };
-        2 * num_copies * self.num_layers * self.num_kv_heads * max_length * self.head_dim * self.dtype.size()
+        let Self { num_layers, num_kv_heads, head_dim, dtype, .. } = self;
+        let factors = [2, self.num_copies(), num_layers, num_kv_heads, max_length, head_dim, dtype.size()];
+        factors.into_iter().fold(1, usize::saturating_mul)
+    }
+
+    /// How often the whole cache is there.
+    pub(crate) fn num_copies(self) -> usize {
+        if self.is_in_place { 1 } else { 2 }
     }
 }
 

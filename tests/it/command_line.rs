@@ -14,6 +14,7 @@ fn help_teaches() {
         ("export", &["export", "--help"]),
         ("run", &["run", "--help"]),
         ("run-short", &["run", "-h"]),
+        ("inspect", &["inspect", "--help"]),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).env("COLUMNS", "100").output().unwrap();
         assert_eq!(output.status.code(), Some(0));
@@ -27,7 +28,7 @@ fn wrong_usage_exits_with_2_and_says_what_to_do() {
     let bundle = bundle.to_str().unwrap();
     let image = root("tests/data/images/28/a.png");
     let image = image.to_str().unwrap();
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["run", "no-such-file.jpg", "--model", bundle], "no such file or folder"),
         (&["run", "Cargo.toml", "--model", bundle], "not an image, a folder or a tar"),
         (&["run", "x/{3..1}.tar", "--model", bundle], "runs backwards"),
@@ -36,6 +37,8 @@ fn wrong_usage_exits_with_2_and_says_what_to_do() {
         (&["run", image, "--model", bundle, "--template", "no-such"], "llava-pp-llama3"),
         (&["run", image, "--model", bundle, "--provider", "cuda"], "provider `cuda` does not work here"),
         (&["export", "tests", "--out", "x"], "has no config.json"),
+        (&["inspect", "tests"], "hint: make one with `recaption export"),
+        (&["inspect", bundle, "--new-tokens", "0"], "0 is not in 1..=1000000"),
     ];
     for (args, expected) in cases {
         let output = Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).current_dir(root("")).output().unwrap();

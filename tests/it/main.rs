@@ -8,6 +8,7 @@ mod command_line;
 mod demo;
 mod golden;
 mod independence;
+mod inspect;
 mod layouts;
 mod library;
 mod load;

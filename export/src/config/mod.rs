@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, Layout};
 use crate::error::{Error, Result};
 
 /// No dimension of a real model comes near; a larger one is a damaged file.
-const MAX_DIMENSION: usize = 1 << 24;
+pub(crate) const MAX_DIMENSION: usize = 1 << 24;
 /// Most positions of a bundle: a prompt with its image and caption takes under a thousand, and the rotary tables of a
 /// million positions would be half a gigabyte.
 const MAX_POSITIONS: usize = 32_768;
