@@ -9,6 +9,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -51,19 +52,68 @@ impl Part {
     }
 }
 
+/// A tensor's place: which shard, and where in it.
 struct Location {
     shard: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    /// Byte range within the shard file.
-    start: usize,
-    end: usize,
+    entry: Entry,
 }
 
 /// A mapped file of weights.
 pub(crate) struct Shard {
     pub(crate) path: PathBuf,
     pub(crate) map: Mmap,
+}
+
+/// A tensor in a [`Shard`].
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// Byte range within the file.
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+}
+
+impl Shard {
+    /// Maps `path` and reads what tensors it holds; no weight is touched.
+    pub(crate) fn open(path: &Path) -> Result<(Self, Vec<Entry>)> {
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        // SAFETY: the mapping is read-only; the checkpoint is not expected to change while it is exported, and its
+        // header is checked against the file's length below.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+        let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|reason| Error::InvalidSafetensors { path: path.to_owned(), reason: reason.to_string() })?;
+        let data_start = header_bytes + size_of::<u64>();
+        let entry = |(name, info): (String, &TensorInfo)| Entry {
+            name,
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            start: data_start + info.data_offsets.0,
+            end: data_start + info.data_offsets.1,
+        };
+        let mut entries: Vec<Entry> = metadata.tensors().into_iter().map(entry).collect();
+        // One order, for the fingerprint.
+        entries.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok((Self { path: path.to_owned(), map }, entries))
+    }
+}
+
+impl Entry {
+    /// Name, type, shape and place go into a checkpoint's fingerprint.
+    pub(crate) fn add_to(&self, fingerprint: &mut Sha256) {
+        let Self { name, dtype, shape, start, end } = self;
+        fingerprint.update(format!("{name:?} {dtype:?} {shape:?} {start}..{end}\n"));
+    }
+
+    /// The tensor itself, in the shard that it was found in.
+    pub(crate) fn stored<'a>(&self, shard: &'a Shard) -> Result<StoredTensor<'a>> {
+        let Self { name, dtype, shape, start, end } = self.clone();
+        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(Error::UnsupportedDtype { name, found: format!("{dtype:?}").to_lowercase() });
+        }
+        Ok(StoredTensor { name, dtype, shape, start, end, shard })
+    }
 }
 
 /// A checkpoint folder, opened.
@@ -93,32 +143,27 @@ impl Checkpoint {
         let mut fingerprint = Sha256::new();
         fingerprint.update(&config_bytes);
 
-        let mut shards = Vec::new();
-        let mut tensors = BTreeMap::new();
-        for path in shard_paths(folder)? {
-            let file = File::open(&path).map_err(Error::io("open", &path))?;
-            // SAFETY: the mapping is read-only; the checkpoint is not expected to change while it is exported, and its
-            // header is checked against the file's length below.
-            let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
-            let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
-                .map_err(|reason| Error::InvalidSafetensors { path: path.clone(), reason: reason.to_string() })?;
-            let data_start = header_bytes + size_of::<u64>();
-            fingerprint.update(&map[..data_start]);
-            for (name, info) in metadata.tensors() {
-                let location = Location {
-                    shard: shards.len(),
-                    dtype: info.dtype,
-                    shape: info.shape.clone(),
-                    start: data_start + info.data_offsets.0,
-                    end: data_start + info.data_offsets.1,
-                };
-                let shard_path = |shard: usize| shards.get(shard).map_or(&path, |shard: &Shard| &shard.path).clone();
+        let files = weight_files(folder)?;
+        if files.is_empty() {
+            return Err(Error::MissingFile {
+                checkpoint: folder.to_owned(),
+                what: "model.safetensors or model.safetensors.index.json",
+                hint: "only safetensors checkpoints export; convert others with transformers' `save_pretrained`",
+            });
+        }
+        let mut shards: Vec<Shard> = Vec::new();
+        let mut tensors: BTreeMap<String, Location> = BTreeMap::new();
+        for path in files {
+            let (shard, entries) = Shard::open(&path)?;
+            shards.push(shard);
+            for entry in entries {
+                entry.add_to(&mut fingerprint);
+                let name = entry.name.clone();
+                let location = Location { shard: shards.len() - 1, entry };
                 if let Some(first) = tensors.insert(name.clone(), location) {
-                    let (first, second) = (shard_path(first.shard), path.clone());
-                    return Err(Error::DuplicateTensor { name, first, second });
+                    return Err(Error::DuplicateTensor { name, first: shards[first.shard].path.clone(), second: path });
                 }
             }
-            shards.push(Shard { path, map });
         }
         let prefixes = Part::ALL
             .into_iter()
@@ -160,15 +205,13 @@ impl Checkpoint {
     pub(crate) fn tensor(&self, part: Part, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
         let name = self.full_name(part, name);
         let Some(location) = self.tensors.get(&name) else { return Err(Error::MissingTensor { name }) };
-        if location.shape != shape {
-            return Err(Error::ShapeMismatch { name, expected: shape.to_vec(), found: location.shape.clone() });
+        let entry = &location.entry;
+        if entry.shape != shape {
+            return Err(Error::ShapeMismatch { name, expected: shape.to_vec(), found: entry.shape.clone() });
         }
-        if !matches!(location.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            return Err(Error::UnsupportedDtype { name, found: format!("{:?}", location.dtype).to_lowercase() });
-        }
-        self.used.borrow_mut().insert(name.clone());
-        let Location { shard, dtype, ref shape, start, end } = *location;
-        Ok(StoredTensor { name, dtype, shape: shape.clone(), start, end, shard: &self.shards[shard] })
+        let tensor = entry.stored(&self.shards[location.shard])?;
+        self.used.borrow_mut().insert(name);
+        Ok(tensor)
     }
 
     /// Fails when the checkpoint holds tensors that nothing asked for, other than those a LLaVA is known to carry
@@ -188,14 +231,7 @@ impl Checkpoint {
         };
         let unused: Vec<&str> =
             self.tensors.keys().map(String::as_str).filter(|name| !used.contains(*name) && !is_known(name)).collect();
-        if unused.is_empty() {
-            return Ok(());
-        }
-        let mut names = unused.iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-        if unused.len() > 4 {
-            names.push_str(", …");
-        }
-        Err(Error::UnexpectedTensors { count: unused.len(), names })
+        Error::refuse_tensors(&unused)
     }
 
     /// A JSON file of the checkpoint, if it is there.
@@ -209,13 +245,14 @@ impl Checkpoint {
     }
 }
 
-fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
     serde_json::from_slice(bytes)
         .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })
 }
 
-/// The shards of a checkpoint: those its index names, or the one file.
-fn shard_paths(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The files that hold the weights of the model in `folder`: those that an index names, or the one file. Empty when there
+/// are none.
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let index = folder.join("model.safetensors.index.json");
     if index.is_file() {
         let bytes = std::fs::read(&index).map_err(Error::io("read", &index))?;
@@ -239,9 +276,5 @@ fn shard_paths(folder: &Path) -> Result<Vec<PathBuf>> {
     if single.is_file() {
         return Ok(vec![single]);
     }
-    Err(Error::MissingFile {
-        checkpoint: folder.to_owned(),
-        what: "model.safetensors or model.safetensors.index.json",
-        hint: "only safetensors checkpoints export; convert others with transformers' `save_pretrained`",
-    })
+    Ok(vec![])
 }

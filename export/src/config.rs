@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::activation::Activation;
+use crate::encoder::EncoderConfig;
 use crate::error::{Error, Result};
 
 /// No dimension of a real model comes near; a larger one is a damaged file.
@@ -48,6 +49,12 @@ pub(crate) struct VisionConfig {
 }
 
 impl VisionConfig {
+    /// Dimensions of the tower's layers.
+    pub(crate) fn encoder(&self) -> EncoderConfig {
+        let Self { hidden_size, intermediate_size, num_heads, activation, layer_norm_eps, .. } = *self;
+        EncoderConfig { hidden_size, intermediate_size, num_heads, activation, layer_norm_eps }
+    }
+
     /// Patches of one image.
     pub(crate) fn num_patches(&self) -> usize {
         let side = self.image_size / self.patch_size;
@@ -224,7 +231,7 @@ impl RawRope {
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct RawVisionConfig {
+pub(crate) struct RawVisionConfig {
     model_type: Option<String>,
     hidden_size: Option<usize>,
     intermediate_size: Option<usize>,
@@ -300,7 +307,7 @@ impl LlavaConfig {
 }
 
 impl RawVisionConfig {
-    fn validate(self, layers: &[i64], strategy: &str, path: &Path) -> Result<VisionConfig> {
+    pub(crate) fn validate(self, layers: &[i64], strategy: &str, path: &Path) -> Result<VisionConfig> {
         if let Some(kind) = self.model_type.as_deref().filter(|kind| *kind != "clip_vision_model") {
             return Err(Error::unsupported(
                 "vision_config.model_type",
@@ -473,7 +480,7 @@ impl RawTextConfig {
     }
 }
 
-fn refuse_out_of_range(fields: &[(&str, usize)], path: &Path) -> Result<()> {
+pub(crate) fn refuse_out_of_range(fields: &[(&str, usize)], path: &Path) -> Result<()> {
     match fields.iter().find(|(_, value)| !(1..=MAX_DIMENSION).contains(value)) {
         Some((name, value)) => {
             let reason = format!("`{name}`: expected 1 to {MAX_DIMENSION}, got {value}");
@@ -483,7 +490,7 @@ fn refuse_out_of_range(fields: &[(&str, usize)], path: &Path) -> Result<()> {
     }
 }
 
-fn refuse_bad_epsilon(name: &str, value: f32, path: &Path) -> Result<()> {
+pub(crate) fn refuse_bad_epsilon(name: &str, value: f32, path: &Path) -> Result<()> {
     if value.is_finite() && value >= 0.0 {
         return Ok(());
     }
@@ -491,7 +498,7 @@ fn refuse_bad_epsilon(name: &str, value: f32, path: &Path) -> Result<()> {
     Err(Error::InvalidConfig { path: path.to_owned(), reason })
 }
 
-fn refuse_uneven(what: &str, size: usize, heads: usize, path: &Path) -> Result<()> {
+pub(crate) fn refuse_uneven(what: &str, size: usize, heads: usize, path: &Path) -> Result<()> {
     if heads == 0 || !size.is_multiple_of(heads) {
         let reason = format!("{what}: {size} does not divide into {heads} heads");
         return Err(Error::InvalidConfig { path: path.to_owned(), reason });

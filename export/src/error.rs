@@ -32,6 +32,18 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// A bundle does something else than what it was opened for.
+    #[error("bundle `{path}` is a {found} bundle; {reader} takes a {wanted} bundle")]
+    OtherBundleKind {
+        /// The bundle.
+        path: PathBuf,
+        /// Its kind.
+        found: &'static str,
+        /// Who opened it.
+        reader: &'static str,
+        /// The kind that it takes.
+        wanted: &'static str,
+    },
     /// A JSON file does not parse or a field has an unexpected type or value.
     #[error("`{path}`: {reason}")]
     InvalidConfig {
@@ -164,6 +176,18 @@ impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
+    }
+
+    /// Fails when there are tensors that nothing asked for.
+    pub(crate) fn refuse_tensors(unused: &[&str]) -> Result<()> {
+        if unused.is_empty() {
+            return Ok(());
+        }
+        let mut names = unused.iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        if unused.len() > 4 {
+            names.push_str(", …");
+        }
+        Err(Self::UnexpectedTensors { count: unused.len(), names })
     }
 
     pub(crate) fn unsupported(what: &str, found: impl ToString, hint: &str) -> Self {

@@ -6,9 +6,12 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bundle_manifest::BundleManifest;
 use crate::error::{Error, Result};
 use crate::graph::{DataType, Dim};
+use crate::precision::{GraphFormat, LinearFormat};
 use crate::processor_config::Preprocessing;
+use crate::vision_tower::PATCH_ZERO_POINT;
 use crate::weight::Weight;
 
 /// Version of the manifest's layout; raised when a reader of the old one would go wrong.
@@ -16,7 +19,7 @@ pub const FORMAT_VERSION: u32 = 2;
 /// The manifest's file name.
 pub const FILE_NAME: &str = "manifest.json";
 
-/// The contents of `manifest.json`.
+/// The contents of `manifest.json` in a captioner's bundle.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`FORMAT_VERSION`] of the writer.
@@ -67,6 +70,19 @@ pub struct Manifest {
 pub enum BundleKind {
     /// Captions images: vision tower, projector, decoder.
     Llava,
+    /// Scores images against texts: image tower, text tower.
+    Clip,
+}
+
+impl BundleKind {
+    /// As the manifest spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llava => "llava",
+            Self::Clip => "clip",
+        }
+    }
 }
 
 /// Precision of the weights.
@@ -207,6 +223,18 @@ pub struct PixelValues {
     pub layout: PixelLayout,
 }
 
+impl PixelValues {
+    /// What a vision tower of `format` takes.
+    pub(crate) fn of_format(format: GraphFormat) -> Self {
+        match format.linear {
+            LinearFormat::Int8 { .. } => {
+                Self { dtype: DataType::U8, layout: PixelLayout::Patches { zero_point: PATCH_ZERO_POINT } }
+            }
+            LinearFormat::Float | LinearFormat::Blocks(_) => Self { dtype: DataType::F32, layout: PixelLayout::Nchw },
+        }
+    }
+}
+
 /// Order of the axes of `pixel_values`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -328,23 +356,16 @@ impl Manifest {
     /// Reads `BUNDLE/manifest.json`.
     ///
     /// # Errors
-    /// When it is not there, does not parse, or is of another format version.
+    /// When it is not there, does not parse, is of another format version, or that of another kind of bundle.
     pub fn read(bundle: &Path) -> Result<Self> {
-        let path = bundle.join(FILE_NAME);
-        std::fs::metadata(bundle).map_err(Error::io("open bundle", bundle))?;
-        if !path.is_file() {
-            return Err(Error::NotABundle { path: bundle.to_owned() });
+        match BundleManifest::read(bundle)? {
+            BundleManifest::Llava(manifest) => Ok(*manifest),
+            BundleManifest::Clip(_) => Err(Error::OtherBundleKind {
+                path: bundle.to_owned(),
+                found: BundleKind::Clip.name(),
+                reader: "`recaption run`",
+                wanted: BundleKind::Llava.name(),
+            }),
         }
-        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let invalid = |reason: String| Error::InvalidConfig { path: path.clone(), reason };
-        let json: serde_json::Value = serde_json::from_slice(&text).map_err(|reason| invalid(reason.to_string()))?;
-        let version = json.get("format_version").and_then(serde_json::Value::as_u64);
-        if version != Some(u64::from(FORMAT_VERSION)) {
-            let found = version.map_or("none".to_owned(), |version| version.to_string());
-            return Err(invalid(format!(
-                "expected format_version {FORMAT_VERSION}, got {found}; export the checkpoint again"
-            )));
-        }
-        serde_json::from_value(json).map_err(|reason| invalid(reason.to_string()))
     }
 }
