@@ -92,6 +92,15 @@ impl BundleManifest {
         }
     }
 
+    /// SHA-256 that tells this bundle from others: see [`Manifest::fingerprint`].
+    #[must_use]
+    pub fn fingerprint(&self) -> &str {
+        match self {
+            Self::Llava(manifest) => &manifest.fingerprint,
+            Self::Clip(manifest) => &manifest.fingerprint,
+        }
+    }
+
     fn source_and_fingerprint(&mut self) -> (&mut Source, &mut String) {
         match self {
             Self::Llava(manifest) => (&mut manifest.source, &mut manifest.fingerprint),

@@ -13,6 +13,7 @@ use crate::encoder::{Encoder, TowerTensors};
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, Value};
 use crate::linear::q_gemm;
+use crate::manifest::Target;
 use crate::precision::{GraphFormat, LinearFormat};
 use crate::processor_config::Preprocessing;
 use crate::tensor::StoredTensor;
@@ -102,15 +103,21 @@ impl<'c, 'v> Tower<'c, 'v> {
 
         let name = "embeddings.patch_embedding.weight";
         let kernel = self.encoder.tensors.tensor(name, &[hidden_size, 3, patch_size, patch_size])?;
-        let kernel = graph.weight(name, kernel);
+        // Conv takes bf16 from opset 22 on.
+        let conv_float = match graph.format().target {
+            Target::TensorRt if float == DataType::BF16 => DataType::F32,
+            Target::TensorRt | Target::Ort => float,
+        };
+        let kernel = graph.float_weight(name, Weight::stored(kernel), conv_float);
         let patch = patch_size as i64;
-        let samples = graph.cast("/embeddings/pixel_values", &pixels, DataType::F32, float);
+        let samples = graph.cast("/embeddings/pixel_values", &pixels, DataType::F32, conv_float);
         let patches = graph.node(
             "Conv",
             "/embeddings/patch_embedding/Conv",
             &[&samples, &kernel],
             vec![("kernel_shape", Attribute::Ints(vec![patch; 2])), ("strides", Attribute::Ints(vec![patch; 2]))],
         );
+        let patches = graph.cast("/embeddings/patches", &patches, conv_float, float);
         let flat = graph.shape(&[0, hidden_size as i64, self.config.num_patches() as i64]);
         let patches = graph.node("Reshape", "/embeddings/Reshape", &[&patches, &flat], vec![]); // [B, C, N]
         let patches = graph.node(
