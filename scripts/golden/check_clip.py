@@ -1,9 +1,9 @@
-"""Exports the CLIP checkpoints of `tests/data/clip` in every precision, and compares embeddings with the goldens.
+"""Exports the CLIPs of `tests/data/clip` in every precision, and compares embeddings with the goldens.
 
-Every graph goes through onnx.checker with full_check, and through ONNX Runtime on the CPU where that has kernels
-for it (not for bf16). Images are preprocessed by transformers and texts are those of the goldens, one at a time
-and padded in a batch. fp32 must be within 1e-4 of the goldens, relative to the largest value; the other
-precisions have a bound of their own each.
+Every graph goes through onnx.checker with full_check, and through ONNX Runtime on the CPU where that has
+kernels for it (not for bf16). Images are preprocessed by transformers and texts are those of the goldens, one
+at a time and padded in a batch. fp32 must be within 1e-4 of the goldens, relative to the largest value; the
+other precisions have a bound of their own each.
 
     python scripts/golden/check_clip.py --recaption target/debug/recaption
 """
@@ -75,7 +75,9 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def compare(bundle: Path, manifest: dict[str, Any], checkpoint: Path, golden: dict[str, Any]) -> Iterator[float]:
+def compare(
+    bundle: Path, manifest: dict[str, Any], checkpoint: Path, golden: dict[str, Any]
+) -> Iterator[float]:
     """Differences of the images' and of the texts' embeddings, in batches and alone."""
     image_tower = load_graph(bundle, manifest["graphs"]["image_tower"], runs=True)
     text_tower = load_graph(bundle, manifest["graphs"]["text_tower"], runs=True)
@@ -108,7 +110,9 @@ def export(recaption: Path, checkpoint: Path, bundle: Path, target: str, precisi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recaption", type=Path, default=Path("target/debug/recaption"), help="the program")
     recaption = parser.parse_args().recaption
     onnxruntime.set_default_logger_severity(3)

@@ -1,9 +1,9 @@
 """Makes tiny, randomly initialised CLIP checkpoints and the embeddings that the reference code computes.
 
-Each checkpoint goes to `<output>/<name>/` with a `golden.json`. Those in transformers' layout are computed by its
-`CLIPModel`; those under OpenAI's names (a plain CLIP and a Long-CLIP, stored as safetensors without a
-config.json) by `OpenAiClip` below, which has the modules of OpenAI's own code, and must be given by a `CLIPModel`
-with the same weights as well. All of it is in float32 on the CPU, from the weights as stored.
+Each checkpoint goes to `<output>/<name>/` with a `golden.json`. Those in transformers' layout are computed by
+its `CLIPModel`; those under OpenAI's names (a plain CLIP and a Long-CLIP, stored as safetensors without a
+config.json) by `OpenAiClip` below, which has the modules of OpenAI's own code, and must be given by a
+`CLIPModel` with the same weights as well. All of it is in float32 on the CPU, from the weights as stored.
 
 Everything is derived from fixed seeds. A checkpoint in which a wrong reading (another activation, another
 end of the text, attention to both sides, the other table of positions) would hardly change the embeddings is
@@ -36,7 +36,15 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SIZE = 28
 IMAGES = ["a.png", "b.png", "c.png"]
 START, END = "<|startoftext|>", "<|endoftext|>"
-MERGES = [("a", "t</w>"), ("t", "h"), ("th", "e</w>"), ("o", "n</w>"), ("i", "n"), ("in", "g</w>"), ("c", "at</w>")]
+MERGES = [
+    ("a", "t</w>"),
+    ("t", "h"),
+    ("th", "e</w>"),
+    ("o", "n</w>"),
+    ("i", "n"),
+    ("in", "g</w>"),
+    ("c", "at</w>"),
+]
 TEXTS = ["A cat on the mat.", "the dog", "Raining! 12 boats, resting in the harbour at noon"]
 LONG_TEXT = "The boat rests on the water, and the cat sits in the sun. " * 5
 LONG_CLIP_KEPT = 20
@@ -217,7 +225,11 @@ def to_transformers(model: OpenAiClip, sizes: OpenAiSizes) -> CLIPModel:
     """A `CLIPModel` with the same weights: layer by layer, by hand."""
     text = {"hidden_size": sizes.text_width, "intermediate_size": 4 * sizes.text_width}
     vision = {"hidden_size": sizes.vision_width, "intermediate_size": sizes.vision_mlp}
-    text |= {"vocab_size": sizes.vocab_size, "max_position_embeddings": sizes.context_length, "eos_token_id": 2}
+    text |= {
+        "vocab_size": sizes.vocab_size,
+        "max_position_embeddings": sizes.context_length,
+        "eos_token_id": 2,
+    }
     vision |= {"image_size": IMAGE_SIZE, "patch_size": sizes.patch_size}
     for tower in (text, vision):
         tower |= {"num_hidden_layers": sizes.layers, "num_attention_heads": tower["hidden_size"] // 64}
@@ -261,7 +273,9 @@ def image_processor() -> CLIPImageProcessorPil:
 
 
 def pixel_values() -> torch.Tensor:
-    images = [Image.open(ROOT / "tests/data/images" / str(IMAGE_SIZE) / name).convert("RGB") for name in IMAGES]
+    images = [
+        Image.open(ROOT / "tests/data/images" / str(IMAGE_SIZE) / name).convert("RGB") for name in IMAGES
+    ]
     return image_processor()(images, return_tensors="pt")["pixel_values"]
 
 
@@ -398,7 +412,9 @@ def make_openai(folder: Path, seed: int, sizes: OpenAiSizes, tokenizer: Path) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "tests/data/clip")
     output = parser.parse_args().output
     shutil.rmtree(output, ignore_errors=True)

@@ -54,19 +54,19 @@ impl Clip {
     /// Embeddings of texts by their token ids, `[texts, projection_dim]`.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a text that is longer than the context, else ONNX Runtime's.
+    /// [`Error::Setting`] for a text that is empty or longer than the context, else ONNX Runtime's.
     pub fn embed_texts(&mut self, texts: &[Vec<u32>]) -> Result<Vec<f32>> {
-        let length = texts.iter().map(Vec::len).max().unwrap_or(0);
+        let Some(length) = texts.iter().map(Vec::len).max() else { return Ok(vec![]) };
         let context_length = self.manifest.text.context_length;
-        if length > context_length {
+        if let Some(text) = texts.iter().find(|text| !(1..=context_length).contains(&text.len())) {
             return Err(Error::Setting {
-                reason: format!("a text has {length} tokens, the model takes {context_length}"),
+                reason: format!("a text has {} tokens, the model takes 1 to {context_length}", text.len()),
                 hint: "cut the text off, and keep its last token".to_owned(),
             });
         }
-        // What stands behind the end of a text has no influence; 0 is never taken for the end.
+        // Zeros behind the end of a text have no influence, and are never taken for the end.
         let mut input_ids = Buffer::host(DataType::I64, texts.len() * length)?;
-        for (row, text) in input_ids.as_mut_slice::<i64>().chunks_exact_mut(length.max(1)).zip(texts) {
+        for (row, text) in input_ids.as_mut_slice::<i64>().chunks_exact_mut(length).zip(texts) {
             row.iter_mut().zip(text).for_each(|(id, &token)| *id = i64::from(token));
         }
         let input_ids = input_ids.view(0, &[texts.len(), length])?;
