@@ -27,12 +27,17 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Turn a LLaVA checkpoint into a bundle of ONNX graphs
+    /// Turn a LLaVA or CLIP checkpoint into a bundle of ONNX graphs
     ///
     /// The graphs (vision tower, projector, decoder with KV cache) are written straight from the weights: no Python, no
-    /// tracing, and memory that does not grow with the model. The checkpoint is a folder as transformers saves it:
-    /// config.json, *.safetensors, tokenizer.json.
-    #[command(after_long_help = "Example:\n  recaption export llava-llama-3-8b --out bundles/llava-8b")]
+    /// tracing, and memory that does not grow with the model. The checkpoint is a folder in transformers' layout or in that of
+    /// the LLaVA repository: config.json, *.safetensors or pytorch_model*.bin, tokenizer.json.
+    ///
+    /// A CLIP becomes two graphs, an image tower and a text tower: from a folder in transformers' layout, or from one file of
+    /// weights under OpenAI's names, such as Long-CLIP's.
+    #[command(after_long_help = "Examples:\n  recaption export llava-llama-3-8b --out bundles/llava-8b\n  \
+        recaption export vicuna-7b --lora llava-lora --vision-tower clip-vit-l-336 --out bundles/llava-7b\n  \
+        recaption export longclip-L.pt --tokenizer clip-vit-large-patch14 --out bundles/longclip")]
     Export(ExportArgs),
     /// Caption images with a bundle
     ///
@@ -51,7 +56,7 @@ pub enum Command {
 /// `recaption export`.
 #[derive(Args, Debug)]
 pub struct ExportArgs {
-    /// Folder of the checkpoint
+    /// Folder of the checkpoint, or a CLIP's file of weights
     pub checkpoint: PathBuf,
     /// Folder to write the bundle to; it must not exist, unless --overwrite
     ///
@@ -79,12 +84,11 @@ pub struct ExportArgs {
     /// Example: --rounding nearest
     #[arg(long, value_enum, default_value_t = RoundingArg::Search)]
     pub rounding: RoundingArg,
-    /// What int8 learns the range of activations from: `random` (token ids), `none`, or a text file
+    /// What int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file
     ///
-    /// The decoder is run over a few hundred tokens, one layer at a time, and channels with a wide range are evened out in the
-    /// weights (SmoothQuant). A text like the captions to come does a little better than random ids.
-    /// Example: --precision int8 --calibration captions.txt
-    #[arg(long, value_name = "random|none|FILE", default_value = "random")]
+    /// The decoder is run over the first 512 tokens, one layer at a time, and channels with a wide range are evened out in the
+    /// weights (SmoothQuant). Example: --precision int8 --calibration my-captions.txt
+    #[arg(long, value_name = "captions|random|none|FILE", default_value = "captions")]
     pub calibration: String,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI
     ///
@@ -96,6 +100,20 @@ pub struct ExportArgs {
     /// Example: --target tensorrt --precision fp16
     #[arg(long, value_enum, default_value_t = TargetArg::Ort)]
     pub target: TargetArg,
+    /// Folder of the CLIP vision tower, for a checkpoint without
+    ///
+    /// LLaVA's own layout may leave the tower out; config.json then names it (mm_vision_tower). The folder is one of
+    /// transformers: config.json, model.safetensors or pytorch_model.bin, preprocessor_config.json. For a checkpoint that
+    /// embeds its tower in that layout, only the settings are read, not the weights. Example: --vision-tower
+    /// clip-vit-large-patch14-336
+    #[arg(long, value_name = "DIR")]
+    pub vision_tower: Option<PathBuf>,
+    /// Folder of a LoRA adapter to merge into the weights
+    ///
+    /// As peft saves it: adapter_config.json with adapter_model.safetensors or adapter_model.bin, and LLaVA's
+    /// non_lora_trainables.bin and config.json where they are. Example: --lora llava-v1.5-7b-lora
+    #[arg(long, value_name = "DIR")]
+    pub lora: Option<PathBuf>,
     /// tokenizer.json, or a folder that has one, for a checkpoint without
     ///
     /// Example: --tokenizer Meta-Llama-3-8B-Instruct

@@ -11,18 +11,25 @@ const MIDDLE_OF_8_BITS: f32 = 128.0;
 const MAX_4_BITS: f32 = 15.0;
 
 /// Encodes whole rows.
-pub(crate) fn encode(format: BlockFormat, rows: &[f32], row_size: usize, encoded: &mut Encoded) {
+pub(crate) fn encode(
+    format: BlockFormat,
+    rows: &[f32],
+    row_size: usize,
+    importance: Option<&[f32]>,
+    encoded: &mut Encoded,
+) {
     let mut padded = vec![0.0; format.block_size];
+    let importance = padded_blocks(importance, row_size, format.block_size);
     let mut scales = Vec::new();
     for row in rows.chunks_exact(row_size) {
         let mut zero_points = Vec::new();
-        for block in row.chunks(format.block_size) {
+        for (block, importance) in row.chunks(format.block_size).zip(importance.chunks_exact(format.block_size)) {
             padded.fill(0.0);
             padded[..block.len()].copy_from_slice(block);
             match format.bits {
                 8 => scales.push(encode_8_bits(&padded, &mut encoded.data)),
                 _ => {
-                    let grid = Grid::of(format.rounding, &padded);
+                    let grid = Grid::of(format.rounding, &padded, importance);
                     grid.pack(&padded, &mut encoded.data);
                     scales.push(grid.scale);
                     zero_points.push(grid.zero_point as u8);
@@ -35,6 +42,20 @@ pub(crate) fn encode(format: BlockFormat, rows: &[f32], row_size: usize, encoded
         DataType::F16 => extend_with_f16(&mut encoded.scales, &scales),
         _ => encoded.scales.extend(scales.iter().flat_map(|scale| scale.to_le_bytes())),
     }
+}
+
+/// A row's importance in whole blocks: even where none is given, none behind the row's end. Each block's is brought to a mean of
+/// 1, so that no sum leaves f32's range.
+fn padded_blocks(importance: Option<&[f32]>, row_size: usize, block_size: usize) -> Vec<f32> {
+    let mut padded = importance.map_or_else(|| vec![1.0; row_size], <[f32]>::to_vec);
+    padded.resize(row_size.next_multiple_of(block_size), 0.0);
+    for block in padded.chunks_exact_mut(block_size) {
+        let mean = block.iter().sum::<f32>() / block_size as f32;
+        if mean > 0.0 {
+            block.iter_mut().for_each(|value| *value /= mean);
+        }
+    }
+    padded
 }
 
 /// Symmetric around 128; returns the scale.
@@ -56,10 +77,17 @@ struct Grid {
     zero_point: f32,
 }
 
+/// Spans tried, as shares of the one between the block's extremes: outliers are cut off where that helps the others.
+const SPANS: [f32; 16] =
+    [1.04, 1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.70, 0.67, 0.64, 0.60, 0.56];
+/// Zero points tried, as steps from the nearest one.
+const ZERO_POINT_STEPS: [f32; 3] = [0.0, -1.0, 1.0];
+
 impl Grid {
-    fn of(rounding: Rounding, block: &[f32]) -> Self {
+    fn of(rounding: Rounding, block: &[f32], importance: &[f32]) -> Self {
         match rounding {
-            Rounding::Nearest | Rounding::Search => Self::between_extremes(block),
+            Rounding::Nearest => Self::between_extremes(block),
+            Rounding::Search => Self::search(block, importance),
         }
     }
 
@@ -71,9 +99,110 @@ impl Grid {
         Self { scale, zero_point }
     }
 
+    /// The grid with the least sum of `importance * (w - (q - zero_point) * scale)^2` of those tried. For the integers of a
+    /// candidate the best scale is known in closed form, so that each candidate is better than its own span.
+    fn search(block: &[f32], importance: &[f32]) -> Self {
+        let (min, max) = block.iter().fold((0.0_f32, 0.0_f32), |(min, max), &value| (min.min(value), max.max(value)));
+        let whole = (max - min) / MAX_4_BITS;
+        if whole <= f32::MIN_POSITIVE {
+            return Self { scale: 0.0, zero_point: 0.0 };
+        }
+        // What a candidate explains: its error is the sum of `importance * w^2` less this.
+        let mut best = (f32::NEG_INFINITY, Self::between_extremes(block));
+        for span in SPANS {
+            let scale = whole * span;
+            let nearest = round(-(min + max) / 2.0 / scale + MAX_4_BITS / 2.0);
+            for step in ZERO_POINT_STEPS {
+                let zero_point = (nearest + step).clamp(0.0, MAX_4_BITS);
+                let (cross, square) = products(block, importance, scale.recip(), zero_point);
+                let explained = cross * cross / square.max(f32::MIN_POSITIVE);
+                if explained > best.0 {
+                    best = (explained, Self { scale: cross / square.max(f32::MIN_POSITIVE), zero_point });
+                }
+            }
+        }
+        best.1
+    }
+
     fn pack(self, block: &[f32], data: &mut Vec<u8>) {
         let inverse = if self.scale > 0.0 { self.scale.recip() } else { 0.0 };
-        let quantize = |value: f32| (value * inverse + self.zero_point).round_ties_even().clamp(0.0, MAX_4_BITS) as u8;
+        let quantize = |value: f32| (round(value * inverse) + self.zero_point).clamp(0.0, MAX_4_BITS) as u8;
         data.extend(block.as_chunks::<2>().0.iter().map(|[low, high]| quantize(*low) | quantize(*high) << 4));
+    }
+}
+
+/// Sums of `importance * q * w` and `importance * q^2` for the integers `q` nearest to `w * inverse_scale`. In lanes, so that
+/// they are vector instructions: a sum in one variable may not be reordered.
+fn products(block: &[f32], importance: &[f32], inverse_scale: f32, zero_point: f32) -> (f32, f32) {
+    const LANES: usize = 16;
+    let (least, most) = (-zero_point, MAX_4_BITS - zero_point);
+    let (mut cross, mut square) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    for (values, weights) in block.as_chunks::<LANES>().0.iter().zip(importance.as_chunks::<LANES>().0) {
+        for lane in 0..LANES {
+            let q = round(values[lane] * inverse_scale).max(least).min(most);
+            let weighted = weights[lane] * q;
+            cross[lane] += weighted * values[lane];
+            square[lane] += weighted * q;
+        }
+    }
+    (cross.iter().sum(), square.iter().sum())
+}
+
+/// To the nearest integer, halves to even, for magnitudes below 2^22: adding 1.5 * 2^23 leaves no bits for a fraction. Unlike
+/// `f32::round_ties_even` it is a vector instruction on every processor.
+fn round(value: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    (value + SHIFT) - SHIFT
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(grid: Grid, block: &[f32]) -> f32 {
+        let q = |value: f32| (round(value / grid.scale) + grid.zero_point).clamp(0.0, MAX_4_BITS) - grid.zero_point;
+        block.iter().map(|&value| (value - q(value) * grid.scale).powi(2)).sum()
+    }
+
+    /// Numbers that look random, roughly normal.
+    fn numbers(count: usize) -> Vec<f32> {
+        let mut state = 7_u32;
+        let mut uniform = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        (0..count).map(|_| (0..6).map(|_| uniform()).sum()).collect()
+    }
+
+    #[test]
+    #[ignore]
+    fn speed() {
+        let values = numbers(1 << 20);
+        let ones = [1.0; 32];
+        let started = std::time::Instant::now();
+        let mut sum = 0.0;
+        for block in values.chunks_exact(32) {
+            sum += Grid::search(block, &ones).scale;
+        }
+        println!("{:.1} M/s {sum}", 1.048576 / started.elapsed().as_secs_f64());
+    }
+
+    #[test]
+    fn search_beats_the_extremes_on_every_block_and_by_much_on_all() {
+        let values = numbers(32 * 500);
+        let (mut nearest, mut searched) = (0.0, 0.0);
+        for block in values.chunks_exact(32) {
+            let (a, b) = (error(Grid::between_extremes(block), block), error(Grid::search(block, &[1.0; 32]), block));
+            assert!(
+                b <= a * 1.001,
+                "{b} > {a}: {:?} {:?}",
+                Grid::between_extremes(block),
+                Grid::search(block, &[1.0; 32])
+            );
+            nearest += a;
+            searched += b;
+        }
+        println!("{searched} of {nearest}");
+        assert!(searched < 0.85 * nearest, "{searched} of {nearest}");
     }
 }

@@ -14,8 +14,8 @@ use crate::rope::cos_sin_tables;
 const PART: Part = Part::Decoder;
 
 /// Tokens of one window, and how many windows there are at most.
-const WINDOW: usize = 64;
-const MAX_WINDOWS: usize = 8;
+const WINDOW: usize = 128;
+const MAX_WINDOWS: usize = 4;
 const NUM_RANDOM_WINDOWS: usize = 4;
 
 /// What a quantising export learns the range of activations from.

@@ -10,15 +10,13 @@
 //! embedding table (-1), or nothing, because the position is padding on the right (-2). The id at an image position is
 //! looked up but not used: feed any valid one, never an `<image>` id that may lie outside of the table.
 
-use std::rc::Rc;
-
 use crate::attention::{Attention, cache_head_dim};
+use crate::channels::{Channels, DecoderChannels, LayerChannels};
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::DecoderConfig;
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, Value};
 use crate::linear::{HeadPadding, Linear, LinearInput};
-use crate::migration::{LayerFactors, Migration};
 use crate::norm::{rms_norm, skip_rms_norm};
 use crate::precision::{GraphFormat, LinearFormat};
 use crate::weight::Weight;
@@ -45,11 +43,11 @@ pub(crate) fn build<'c>(
     checkpoint: &'c Checkpoint,
     config: &DecoderConfig,
     format: GraphFormat,
-    migration: &Migration,
+    channels: &DecoderChannels,
 ) -> Result<GraphBuilder<'c>> {
-    let mut decoder = Decoder::new(checkpoint, config, format, migration)?;
+    let mut decoder = Decoder::new(checkpoint, config, format, channels)?;
     let mut hidden = decoder.embeddings();
-    let weight = decoder.norm_weight("layers.0.input_layernorm", migration.layer(0).attention_input)?;
+    let weight = decoder.norm_weight("layers.0.input_layernorm", &channels.layer(0).attention_input)?;
     let name = "layers.0.input_layernorm";
     let mut normed = rms_norm(&mut decoder.graph, name, &hidden, &weight, config.rms_norm_eps);
     for layer in 0..config.num_layers {
@@ -63,7 +61,7 @@ struct Decoder<'c, 'v> {
     graph: GraphBuilder<'c>,
     checkpoint: &'c Checkpoint,
     config: &'v DecoderConfig,
-    migration: &'v Migration,
+    channels: &'v DecoderChannels,
     attention: Attention<'v>,
     /// Rows of the table, in the graph's float type where `embedding` says so.
     embedding_table: Value,
@@ -83,7 +81,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         checkpoint: &'c Checkpoint,
         config: &'v DecoderConfig,
         format: GraphFormat,
-        migration: &'v Migration,
+        channels: &'v DecoderChannels,
     ) -> Result<Self> {
         let mut graph = GraphBuilder::new("decoder", format);
         let tokens: Vec<Dim> = vec!["batch".into(), "sequence".into()];
@@ -113,7 +111,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
             graph,
             checkpoint,
             config,
-            migration,
+            channels,
             attention,
             embedding_table,
             input_ids,
@@ -160,7 +158,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let DecoderConfig { hidden_size, intermediate_size, num_layers, mlp_bias, activation, .. } = *self.config;
         let prefix = format!("layers.{layer}");
         let is_last = layer + 1 == num_layers;
-        let LayerFactors { attention_output, mlp_input, mlp_hidden, .. } = self.migration.layer(layer);
+        let LayerChannels { attention_output, mlp_input, mlp_hidden, .. } = self.channels.layer(layer);
         let attended = self.attention(layer, normed)?; // [B, S, heads * d]
         let (attended, hidden) = if is_last {
             let hidden = self.graph.node("Reshape", "/last/Reshape", &[hidden, &self.sequence_shape], vec![]);
@@ -175,33 +173,33 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let name = format!("{prefix}.self_attn.o_proj");
         let o_proj = self.linear(&name, (attention_size, hidden_size), self.config.attention_bias)?;
         let attended = self.input(&name, &attended);
-        let attended = o_proj.for_divided_input(attention_output.as_ref()).build(&mut self.graph, &attended);
+        let attended = o_proj.for_input(&attention_output).build(&mut self.graph, &attended);
         let norm = format!("{prefix}.post_attention_layernorm");
-        let weight = self.norm_weight(&norm, mlp_input)?;
+        let weight = self.norm_weight(&norm, &mlp_input)?;
         let epsilon = self.config.rms_norm_eps;
         let (normed, hidden) = skip_rms_norm(&mut self.graph, &norm, (&attended, &hidden), &weight, epsilon);
 
         let normed = self.input(&format!("{prefix}.mlp"), &normed);
         let widened = (hidden_size, intermediate_size);
         let gate = self.linear(&format!("{prefix}.mlp.gate_proj"), widened, mlp_bias)?;
-        let gate = gate.for_divided_input(mlp_input.as_ref()).build(&mut self.graph, &normed);
+        let gate = gate.for_input(&mlp_input).build(&mut self.graph, &normed);
         let up = self.linear(&format!("{prefix}.mlp.up_proj"), widened, mlp_bias)?;
-        let up = up.for_divided_input(mlp_input.as_ref()).with_divided_output(mlp_hidden.as_deref());
+        let up = up.for_input(&mlp_input).with_divided_output(mlp_hidden.factors.as_deref());
         let (up, up_scale) = up.build_rows(&mut self.graph, &normed);
         let gate = activation.build(&mut self.graph, &format!("/{prefix}/mlp"), &gate);
         let gated = self.graph.node("Mul", &format!("/{prefix}/mlp/Mul"), &[&gate, &up], vec![]);
         let name = format!("{prefix}.mlp.down_proj");
         let down = self.linear(&name, (intermediate_size, hidden_size), mlp_bias)?;
         let gated = self.input(&name, &gated).scaled_by(&mut self.graph, &format!("/{name}"), up_scale);
-        let down = down.for_divided_input(mlp_hidden.as_ref()).build(&mut self.graph, &gated);
+        let down = down.for_input(&mlp_hidden).build(&mut self.graph, &gated);
         let (next_norm, next_input) = match is_last {
-            true => ("norm".to_owned(), &None),
+            true => ("norm".to_owned(), Channels::default()),
             false => {
-                let next = self.migration.layer(layer + 1);
+                let next = self.channels.layer(layer + 1);
                 (format!("layers.{}.input_layernorm", layer + 1), next.attention_input)
             }
         };
-        let weight = self.norm_weight(&next_norm, next_input)?;
+        let weight = self.norm_weight(&next_norm, &next_input)?;
         let (normed, hidden) = skip_rms_norm(&mut self.graph, &next_norm, (&down, &hidden), &weight, epsilon);
         Ok((hidden, normed))
     }
@@ -209,7 +207,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
     /// `normed [T, H]` to `[B, S, heads * d]`, keys and values going into the cache.
     fn attention(&mut self, layer: usize, normed: &Value) -> Result<Value> {
         let DecoderConfig { hidden_size, num_heads, num_kv_heads, head_dim, attention_bias, .. } = *self.config;
-        let LayerFactors { attention_input, value_output, .. } = self.migration.layer(layer);
+        let LayerChannels { attention_input, .. } = self.channels.layer(layer);
         let prefix = format!("layers.{layer}.self_attn");
         let padded_head_dim = self.padded_head_dim;
         let find = |name: &str, num_heads: usize, is_rotary: bool| {
@@ -220,14 +218,10 @@ impl<'c, 'v> Decoder<'c, 'v> {
         };
         let query = find("q_proj", num_heads, true)?;
         let key = find("k_proj", num_kv_heads, true)?;
-        let value_output = value_output.as_deref().map(|factors| {
-            let padding = || std::iter::repeat_n(1.0, padded_head_dim - head_dim);
-            factors.chunks(head_dim).flat_map(|head| head.iter().copied().chain(padding())).collect::<Vec<f32>>()
-        });
-        let value = find("v_proj", num_kv_heads, false)?.with_divided_output(value_output.as_deref());
+        let value = find("v_proj", num_kv_heads, false)?;
         let packed = query.then(key, String::new()).then(value, format!("/{prefix}.qkv_proj"));
         let normed = self.input(&format!("{prefix}.qkv_proj"), normed);
-        let packed = packed.for_divided_input(attention_input.as_ref()).build(&mut self.graph, &normed);
+        let packed = packed.for_input(&attention_input).build(&mut self.graph, &normed);
         let name = format!("/{prefix}/Reshape");
         let packed = self.graph.node("Reshape", &name, &[&packed, &self.sequence_shape], vec![]); // [B, S, q + k + v]
         Ok(self.attention.build(&mut self.graph, layer, &packed))
@@ -297,11 +291,11 @@ impl<'c, 'v> Decoder<'c, 'v> {
         Ok(())
     }
 
-    /// The weight of the norm `name`, whose output is divided by `factors` where there are any.
-    fn norm_weight(&mut self, name: &str, factors: &Option<Rc<[f32]>>) -> Result<Value> {
+    /// The weight of the norm `name`, whose output is divided as `channels` says.
+    fn norm_weight(&mut self, name: &str, channels: &Channels) -> Result<Value> {
         let name = format!("{name}.weight");
         let weight = self.checkpoint.tensor(PART, &name, &[self.config.hidden_size])?;
-        let Some(factors) = factors else { return Ok(self.graph.weight(&name, weight)) };
+        let Some(factors) = &channels.factors else { return Ok(self.graph.weight(&name, weight)) };
         let mut values = weight.read_f32()?;
         values.iter_mut().zip(&**factors).for_each(|(value, factor)| *value /= factor);
         Ok(self.graph.weight_values(&name, &[values.len()], &values))

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::torch_file::TorchFileError;
+
 /// Why an export stopped. `Display` is one line; [`Error::hint`] says what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -62,6 +64,14 @@ pub enum Error {
         /// What would work.
         hint: String,
     },
+    /// A checkpoint of the original layout without its vision tower, and no folder for it.
+    #[error("checkpoint `{checkpoint}` does not hold its vision tower, `{tower}`")]
+    MissingVisionTower {
+        /// The checkpoint folder.
+        checkpoint: PathBuf,
+        /// The model that config.json names.
+        tower: String,
+    },
     /// A safetensors file is damaged.
     #[error("`{path}` is not a whole safetensors file: {reason}")]
     InvalidSafetensors {
@@ -69,6 +79,14 @@ pub enum Error {
         path: PathBuf,
         /// What the parser said.
         reason: String,
+    },
+    /// A file of `torch.save` is damaged, or holds more than tensors.
+    #[error("{reason}")]
+    InvalidTorchFile {
+        /// What is wrong with which file.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
     },
     /// A tensor that the configuration calls for is not there.
     #[error("checkpoint has no tensor `{name}`")]
@@ -120,6 +138,14 @@ pub enum Error {
         /// The other.
         second: PathBuf,
     },
+    /// A tensor of a LoRA adapter that goes with none of the checkpoint's.
+    #[error("adapter tensor `{name}`: {reason}")]
+    UnmatchedAdapter {
+        /// The adapter's tensor.
+        name: String,
+        /// What is missing.
+        reason: String,
+    },
     /// A graph uses an operator that its target does not have: a bug of the exporter, or a bundle that was edited.
     #[error("`{graph}` node `{node}`: operator `{op}` is not one of target {target}")]
     ForeignOperator {
@@ -150,7 +176,12 @@ impl Error {
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::MissingFile { hint, .. } | Self::OutputExists { hint, .. } => Some((*hint).to_owned()),
+            Self::MissingFile { hint, .. } | Self::OutputExists { hint, .. } | Self::InvalidTorchFile { hint, .. } => {
+                Some((*hint).to_owned())
+            }
+            Self::MissingVisionTower { tower, .. } => {
+                Some(format!("fetch `{tower}` and give its folder with --vision-tower DIR"))
+            }
             Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
             Self::NotABundle { .. } => {
                 Some("make one with `recaption export CHECKPOINT_DIR --out BUNDLE_DIR`".to_owned())
@@ -159,13 +190,16 @@ impl Error {
                 Some("the download may have been cut off; fetch the file again and compare its size".to_owned())
             }
             Self::MissingTensor { .. } => {
-                Some("check that every shard named in model.safetensors.index.json is there".to_owned())
+                Some("check that the checkpoint is complete: every shard that its index names".to_owned())
             }
             Self::ShapeMismatch { .. } => Some("config.json and the weights do not belong together".to_owned()),
             Self::UnexpectedTensors { .. } => Some(
-                "this may be another architecture (LLaVA-NeXT, a LoRA adapter); only LLaVA-1.5 checkpoints export"
+                "this may be another architecture; LLaVA-1.5 and CLIP checkpoints export, adapters with --lora"
                     .to_owned(),
             ),
+            Self::UnmatchedAdapter { .. } => {
+                Some("the adapter was trained on another model; adapter_config.json names it".to_owned())
+            }
             Self::NonFiniteWeight { .. } => {
                 Some("the checkpoint is damaged or was saved after a diverged training run".to_owned())
             }
@@ -190,8 +224,21 @@ impl Error {
         Err(Self::UnexpectedTensors { count: unused.len(), names })
     }
 
+    pub(crate) fn torch_file(error: TorchFileError) -> Self {
+        Self::InvalidTorchFile { reason: error.to_string(), hint: error.hint() }
+    }
+
     pub(crate) fn unsupported(what: &str, found: impl ToString, hint: &str) -> Self {
         Self::Unsupported { what: what.to_owned(), found: found.to_string(), hint: hint.to_owned() }
+    }
+
+    /// What only LLaVA-NeXT (LLaVA-1.6) has.
+    pub(crate) fn llava_next(what: &str, found: impl std::fmt::Display) -> Self {
+        Self::unsupported(
+            what,
+            format!("{found} (LLaVA-NeXT)"),
+            "only LLaVA-1.5 checkpoints export: one view of each image",
+        )
     }
 }
 

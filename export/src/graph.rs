@@ -258,7 +258,7 @@ impl<'a> GraphBuilder<'a> {
     /// Values as floats of `data_type`.
     pub(crate) fn constant_of(&mut self, name: &str, data_type: DataType, dims: &[usize], values: &[f32]) -> Value {
         let mut encoded = Encoded::default();
-        Encoding::Float(data_type).encode(values, values.len().max(1), &mut encoded);
+        Encoding::Float(data_type).encode(values, values.len().max(1), None, &mut encoded);
         let head = TensorHead { name: name.to_owned(), data_type, dims: dims.to_vec() };
         self.push_initializer(head, InitializerData::Bytes(encoded.data))
     }
@@ -371,12 +371,6 @@ impl<'a> GraphBuilder<'a> {
         }
     }
 
-    /// Names of the operators used, with their domain where it is not the standard one.
-    #[cfg(test)]
-    pub(crate) fn op_types(&self) -> std::collections::BTreeSet<String> {
-        self.nodes.iter().map(crate::lint::op_name).collect()
-    }
-
     /// Writes `NAME.onnx` and, where there are weights, `NAME.onnx.data` into `folder`.
     ///
     /// # Errors
@@ -474,7 +468,7 @@ impl InitializerWriter<'_> {
             if encoding == Encoding::Float(DataType::F16) {
                 saturated.saturate(rows);
             }
-            encoding.encode(rows, row_size, &mut encoded);
+            encoding.encode(rows, row_size, weight.importance(), &mut encoded);
             further_bytes.iter_mut().zip([&mut encoded.scales, &mut encoded.zero_points]).for_each(|(all, new)| {
                 all.append(new);
             });

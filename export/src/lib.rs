@@ -9,6 +9,7 @@ mod attention;
 mod blocks;
 mod bundle_manifest;
 mod calibrate;
+mod channels;
 mod checkpoint;
 mod clip;
 mod config;
@@ -20,7 +21,6 @@ mod graph;
 mod linear;
 mod lint;
 mod manifest;
-mod migration;
 mod norm;
 mod precision;
 mod processor_config;
@@ -30,6 +30,7 @@ mod quantize;
 mod rope;
 mod tensor;
 mod tokenizer_files;
+mod torch_file;
 mod vision_tower;
 mod weight;
 
@@ -52,11 +53,11 @@ pub use crate::vision_tower::PATCH_ZERO_POINT;
 
 pub use crate::calibrate::Calibration;
 use crate::calibrate::Windows;
+use crate::channels::DecoderChannels;
 use crate::checkpoint::Checkpoint;
 use crate::clip::ClipCheckpoint;
 use crate::config::{DecoderConfig, LlavaConfig};
 use crate::graph::write_hashed;
-use crate::migration::Migration;
 use crate::precision::{GraphFormat, LinearFormat, PrecisionOptions};
 use crate::tokenizer_files::TokenizerFiles;
 
@@ -74,12 +75,16 @@ pub struct ExportOptions {
     pub activations: Option<Precision>,
     /// How 4-bit weights are rounded.
     pub rounding: Rounding,
-    /// What int8 export learns the range of activations from.
+    /// What int8 and int4 export learn the activations' channels from.
     pub calibration: Calibration,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI.
     pub reduce_range: bool,
     /// Operators to build the graphs from.
     pub target: Target,
+    /// Folder of the CLIP vision tower, for checkpoints of the original layout.
+    pub vision_tower: Option<PathBuf>,
+    /// Folder of a LoRA adapter to merge into the weights.
+    pub lora: Option<PathBuf>,
     /// `tokenizer.json`, or a folder that has one, for checkpoints without.
     pub tokenizer: Option<PathBuf>,
     /// Replace a bundle that stands at the output folder.
@@ -98,6 +103,8 @@ impl Default for ExportOptions {
             calibration: Calibration::default(),
             reduce_range: false,
             target: Target::Ort,
+            vision_tower: None,
+            lora: None,
             tokenizer: None,
             overwrite: false,
             cancel: Arc::default(),
@@ -142,17 +149,14 @@ pub fn export(checkpoint: &Path, bundle_folder: &Path, options: &ExportOptions) 
 fn export_llava(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOptions) -> Result<BundleManifest> {
     let (vision_format, decoder_format) = options.formats()?;
     let output = OutputFolder::check(bundle_folder, options.overwrite)?;
-    let checkpoint = Checkpoint::open(checkpoint_folder)?;
-    let config = LlavaConfig::from_json(&checkpoint.config, &checkpoint_folder.join("config.json"))?;
+    let checkpoint = Checkpoint::open(checkpoint_folder, options.vision_tower.as_deref(), options.lora.as_deref())?;
+    let config = LlavaConfig::read(&checkpoint)?;
     let text = TokenizerFiles::read(&checkpoint, &config, options.tokenizer.as_deref())?;
     let preprocessing = processor_config::read(&checkpoint, config.vision.image_size)?;
     let vision_tower = vision_tower::build(&checkpoint, &config.vision, &preprocessing, vision_format)?;
     let projector = projector::build(&checkpoint, &config, vision_format, decoder_format.float)?;
-    let migration = match decoder_format.linear {
-        LinearFormat::Int8 { .. } => migration(&checkpoint, &config.decoder, options)?,
-        LinearFormat::Float | LinearFormat::Blocks(_) => Migration::default(),
-    };
-    let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &migration)?;
+    let channels = decoder_channels(&checkpoint, &config.decoder, options, decoder_format.linear)?;
+    let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &channels)?;
     checkpoint.refuse_unused(config.vision.num_layers()..config.vision.num_stored_layers)?;
 
     let (staging, staged) = output.stage()?;
@@ -171,8 +175,8 @@ fn export_llava(checkpoint_folder: &Path, bundle_folder: &Path, options: &Export
         producer: concat!("recaption ", env!("CARGO_PKG_VERSION")).to_owned(),
         source: Source {
             name: folder_name(checkpoint_folder),
-            layout: "transformers-llava".to_owned(),
-            fingerprint: checkpoint.fingerprint().to_owned(),
+            layout: checkpoint.layout.name().to_owned(),
+            fingerprint: checkpoint.fingerprint(),
         },
         precision: options.precision,
         vision_precision: options.vision_precision(),
@@ -211,10 +215,21 @@ fn export_llava(checkpoint_folder: &Path, bundle_folder: &Path, options: &Export
     Ok(manifest)
 }
 
-/// What the decoder's activations are like, and the factors that follow from it.
-fn migration(checkpoint: &Checkpoint, config: &DecoderConfig, options: &ExportOptions) -> Result<Migration> {
+/// What the decoder's activations are like, where the format has a use for it.
+fn decoder_channels(
+    checkpoint: &Checkpoint,
+    config: &DecoderConfig,
+    options: &ExportOptions,
+    format: LinearFormat,
+) -> Result<DecoderChannels> {
+    let has_use = match format {
+        LinearFormat::Float => false,
+        LinearFormat::Int8 { .. } => true,
+        LinearFormat::Blocks(blocks) => blocks.bits < 8 && blocks.rounding == Rounding::Search,
+    };
     let windows = match &options.calibration {
-        Calibration::None => return Ok(Migration::default()),
+        _ if !has_use => return Ok(DecoderChannels::default()),
+        Calibration::None => return Ok(DecoderChannels::default()),
         Calibration::Random => Windows::random(config),
         Calibration::Tokens(token_ids) => Windows::of_tokens(token_ids, config),
     };
@@ -223,7 +238,7 @@ fn migration(checkpoint: &Checkpoint, config: &DecoderConfig, options: &ExportOp
         false => Ok(()),
     };
     let stats = calibrate::run(checkpoint, config, &windows, &check)?;
-    Ok(Migration::of_stats(&stats, config))
+    Ok(DecoderChannels::of_stats(&stats, format))
 }
 
 /// The last part of a path, links followed.

@@ -4,8 +4,7 @@
 //! plain concatenations: `Gemm` and `QGemm` with `transB`, `MatMulNBits` by its definition. ONNX Runtime's CPU provider runs
 //! `Gemm` as fast as `MatMul` and `QGemm` as fast as `MatMulIntegerToFloat` (measured for 1 to 640 rows).
 
-use std::rc::Rc;
-
+use crate::channels::Channels;
 use crate::checkpoint::{Checkpoint, Part};
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, GraphBuilder, Value};
@@ -156,11 +155,12 @@ impl<'c> Linear<'c> {
         self
     }
 
-    /// Takes an input whose element `j` is divided by `factors[j]`.
-    pub(crate) fn for_divided_input(mut self, factors: Option<&Rc<[f32]>>) -> Self {
-        if let Some(factors) = factors {
+    /// Takes an input that is divided, and weighs, as `channels` says.
+    pub(crate) fn for_input(mut self, channels: &Channels) -> Self {
+        if let Some(factors) = &channels.factors {
             self.weight = self.weight.scale_columns(factors);
         }
+        self.weight = self.weight.with_importance(channels.importance.clone());
         self
     }
 

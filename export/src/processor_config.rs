@@ -5,11 +5,13 @@
 //! reproduce exactly is refused by name. Semantics and defaults: transformers 5.23,
 //! `models/{clip,llava}/image_processing_pil_*.py` and `image_processing_backends.py`.
 
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Layout, read_json};
 use crate::error::Result;
 
 /// How an RGB picture becomes `pixel_values`.
@@ -194,32 +196,49 @@ impl Preprocessing {
     }
 }
 
-/// The preprocessing of a checkpoint, in transformers' order: the image processor inside of `processor_config.json`, else
-/// `preprocessor_config.json`, else what `image_aspect_ratio` in config.json says, as the first LLaVA code does.
+/// The preprocessing of a checkpoint: its image processor's, else that of the folder of its vision tower, else CLIP's. In the
+/// original layout `image_aspect_ratio` in config.json says whether images are padded, since a CLIP processor cannot; so it
+/// does for a transformers checkpoint without a processor.
 ///
 /// # Errors
 /// What [`Preprocessing::from_hf`] refuses, and a size other than the vision tower's.
 pub(crate) fn read(checkpoint: &Checkpoint, image_size: usize) -> Result<Preprocessing> {
     let image_size = u32::try_from(image_size).unwrap_or(u32::MAX);
-    let nested = checkpoint.json("processor_config.json")?.filter(|json| json.get("image_processor").is_some());
-    let (file, settings) = match (nested, checkpoint.json("preprocessor_config.json")?) {
-        (Some(settings), _) => ("processor_config.json", settings),
-        (None, Some(settings)) => ("preprocessor_config.json", settings),
-        (None, None) => {
-            let is_padded = checkpoint.config.get("image_aspect_ratio").and_then(Value::as_str) == Some("pad");
-            let settings = serde_json::json!({"image_processor_type": "LlavaImageProcessor", "do_pad": is_padded});
-            ("config.json", settings)
-        }
+    let stored = match (processor_of(&checkpoint.folder)?, &checkpoint.tower) {
+        (None, Some(tower)) => processor_of(&tower.folder)?,
+        (own, _) => own,
     };
-    let path = checkpoint.folder.join(file);
+    let is_stored = stored.is_some();
+    let (path, mut settings) = stored.unwrap_or_else(|| {
+        (checkpoint.config_path.clone(), serde_json::json!({"image_processor_type": "CLIPImageProcessor"}))
+    });
     let invalid = |reason: String| crate::Error::InvalidConfig { path: path.clone(), reason };
-    let preprocessing = Preprocessing::from_hf(&settings, image_size).map_err(|reason| invalid(reason.to_string()))?;
+    let refused = |reason: ProcessorConfigError| invalid(reason.to_string());
+    if (checkpoint.layout == Layout::Original || !is_stored) && !Settings(&settings).is_llava().map_err(refused)? {
+        let is_padded = checkpoint.config.get("image_aspect_ratio").and_then(Value::as_str) == Some("pad");
+        settings["image_processor_type"] = "LlavaImageProcessor".into();
+        settings["do_pad"] = is_padded.into();
+    }
+    let preprocessing = Preprocessing::from_hf(&settings, image_size).map_err(refused)?;
     if (preprocessing.height, preprocessing.width) != (image_size, image_size) {
         let Preprocessing { height, width, .. } = preprocessing;
         let reason = format!("images become {width}x{height}, but the vision tower takes {image_size}x{image_size}");
         return Err(invalid(reason));
     }
     Ok(preprocessing)
+}
+
+/// The image processor's settings in `folder`, in transformers' order: those inside of `processor_config.json`, else
+/// `preprocessor_config.json`.
+pub(crate) fn processor_of(folder: &Path) -> Result<Option<(PathBuf, Value)>> {
+    let path = folder.join("processor_config.json");
+    if let Some(settings) = read_json(&path)?.as_mut().and_then(|json| json.get_mut("image_processor")) {
+        return Ok(Some((path, settings.take())));
+    }
+    let path = folder.join("preprocessor_config.json");
+    let Some(mut json) = read_json(&path)? else { return Ok(None) };
+    let settings = json.get_mut("image_processor").map(Value::take).unwrap_or(json);
+    Ok(Some((path, settings)))
 }
 
 /// The image processor's JSON object.

@@ -84,10 +84,11 @@ impl Encoded {
 }
 
 impl Encoding {
-    /// Encodes whole rows of `row_size` values into `encoded`, which is emptied first. Quantisation uses all cores.
-    pub(crate) fn encode(self, rows: &[f32], row_size: usize, encoded: &mut Encoded) {
+    /// Encodes whole rows of `row_size` values into `encoded`, which is emptied first; `importance` says how much an error in
+    /// each of a row's values weighs. Quantisation uses all cores.
+    pub(crate) fn encode(self, rows: &[f32], row_size: usize, importance: Option<&[f32]>, encoded: &mut Encoded) {
         encoded.clear();
-        let encode_rows: fn(Self, &[f32], usize, &mut Encoded) = match self {
+        let encode_rows: fn(Self, &[f32], usize, Option<&[f32]>, &mut Encoded) = match self {
             Self::Float(DataType::F16) => return extend_with_f16(&mut encoded.data, rows),
             Self::Float(DataType::BF16) => return extend_with_bf16(&mut encoded.data, rows),
             Self::Float(_) => return encoded.data.extend(rows.iter().flat_map(|value| value.to_le_bytes())),
@@ -101,7 +102,7 @@ impl Encoding {
             let spawn = |piece| {
                 scope.spawn(move || {
                     let mut encoded = Encoded::default();
-                    encode_rows(self, piece, row_size, &mut encoded);
+                    encode_rows(self, piece, row_size, importance, &mut encoded);
                     encoded
                 })
             };
@@ -112,7 +113,13 @@ impl Encoding {
     }
 }
 
-fn encode_int8_rows(encoding: Encoding, rows: &[f32], row_size: usize, encoded: &mut Encoded) {
+fn encode_int8_rows(
+    encoding: Encoding,
+    rows: &[f32],
+    row_size: usize,
+    _importance: Option<&[f32]>,
+    encoded: &mut Encoded,
+) {
     let Encoding::Int8Rows { max } = encoding else { unreachable!("bug: {encoding:?} is not int8") };
     for row in rows.chunks_exact(row_size) {
         let scale = largest(row) / f32::from(max);
@@ -126,7 +133,7 @@ fn largest(values: &[f32]) -> f32 {
     values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
 }
 
-fn encode_blocks(encoding: Encoding, rows: &[f32], row_size: usize, encoded: &mut Encoded) {
+fn encode_blocks(encoding: Encoding, rows: &[f32], row_size: usize, importance: Option<&[f32]>, encoded: &mut Encoded) {
     let Encoding::Blocks(format) = encoding else { unreachable!("bug: {encoding:?} has no blocks") };
-    blocks::encode(format, rows, row_size, encoded);
+    blocks::encode(format, rows, row_size, importance, encoded);
 }

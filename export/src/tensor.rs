@@ -5,11 +5,14 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use crate::checkpoint::Shard;
+use crate::checkpoint::{LowRank, Shard};
 use crate::error::{Error, Result};
 
 /// Elements converted at a time: 1 MiB of f32, which stays in a core's cache between one step and the next.
 const BLOCK_ELEMENTS: usize = 1 << 18;
+
+/// Pages of the file that stay mapped at most: those that are read count as the process's memory.
+const RELEASE_BYTES: usize = 64 << 20;
 
 /// A tensor in a mapped shard, or some of its rows.
 #[derive(Clone)]
@@ -21,6 +24,8 @@ pub(crate) struct StoredTensor<'a> {
     pub(crate) start: usize,
     pub(crate) end: usize,
     pub(crate) shard: &'a Shard,
+    /// What a LoRA adapter adds.
+    pub(crate) update: Option<Box<LowRank<'a>>>,
 }
 
 impl StoredTensor<'_> {
@@ -52,10 +57,12 @@ impl StoredTensor<'_> {
         part.shape[0] = count;
         part.start = self.start + first * row_bytes;
         part.end = part.start + count * row_bytes;
+        part.update = self.update.as_ref().map(|update| Box::new(update.rows(first)));
         part
     }
 
-    /// Hands the values to `sink` in blocks of whole rows, which it may change, then releases the file's pages.
+    /// Hands the values, a LoRA update added, to `sink` in blocks of whole rows, which it may change, then releases the
+    /// file's pages.
     ///
     /// # Errors
     /// [`Error::NonFiniteWeight`] after the last block, or what `sink` returns.
@@ -63,15 +70,25 @@ impl StoredTensor<'_> {
         let bytes = &self.shard.map[self.start..self.end];
         let rows_per_block = (BLOCK_ELEMENTS / self.row_size().max(1)).max(1);
         let block_bytes = (rows_per_block * self.row_size() * self.element_bytes()).max(1);
+        let factors = self.update.as_ref().map(|update| update.factors(self.shape[0])).transpose()?;
         let mut num_non_finite = 0;
         let mut values = Vec::new();
-        for block in bytes.chunks(block_bytes) {
+        let mut released = self.start;
+        for (index, block) in bytes.chunks(block_bytes).enumerate() {
             values.resize(block.len() / self.element_bytes(), 0.0);
             self.widen(block, &mut values);
+            if let Some(factors) = &factors {
+                factors.add_to(&mut values, index * rows_per_block, self.row_size());
+            }
             num_non_finite += values.iter().filter(|value| !value.is_finite()).count();
             sink(&mut values)?;
+            let done = self.start + index * block_bytes + block.len();
+            if done - released >= RELEASE_BYTES {
+                self.release_pages(released, done)?;
+                released = done;
+            }
         }
-        self.release_pages()?;
+        self.release_pages(self.start, self.end)?;
         if num_non_finite > 0 {
             return Err(Error::NonFiniteWeight { name: self.name.clone(), count: num_non_finite });
         }
@@ -95,16 +112,16 @@ impl StoredTensor<'_> {
     }
 
     #[cfg(unix)]
-    fn release_pages(&self) -> Result<()> {
+    fn release_pages(&self, start: usize, end: usize) -> Result<()> {
         let advice = memmap2::UncheckedAdvice::DontNeed;
         // SAFETY: the mapping is read-only and backed by the file, so dropping its pages loses nothing: a later
         // access reads them again.
-        let released = unsafe { self.shard.map.unchecked_advise_range(advice, self.start, self.end - self.start) };
+        let released = unsafe { self.shard.map.unchecked_advise_range(advice, start, end - start) };
         released.map_err(Error::io("release", &self.shard.path))
     }
 
     #[cfg(not(unix))]
-    fn release_pages(&self) -> Result<()> {
+    fn release_pages(&self, _start: usize, _end: usize) -> Result<()> {
         Ok(())
     }
 

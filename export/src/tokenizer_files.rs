@@ -40,7 +40,7 @@ impl TokenizerFiles {
             .or_else(|| added.id_of("<|begin_of_text|>").map(|_| "<|begin_of_text|>".to_owned()));
         let prompt = PromptSettings {
             chat_template: chat_template(checkpoint, &settings, tokenizer)?,
-            image_token: added.text_of(config.image_token_id).unwrap_or_else(|| "<image>".to_owned()),
+            image_token: config.image_token_id.and_then(|id| added.text_of(id)).unwrap_or_else(|| "<image>".to_owned()),
             bos_token,
             eos_token: token_text(settings.get("eos_token")),
         };

@@ -32,6 +32,8 @@ pub(crate) struct Weight<'a> {
     row_factors: Option<Vec<f32>>,
     /// One factor per element of a row.
     column_factors: Option<Rc<[f32]>>,
+    /// How much a rounding error of each element of a row weighs.
+    importance: Option<Rc<[f32]>>,
 }
 
 impl<'a> Weight<'a> {
@@ -41,7 +43,7 @@ impl<'a> Weight<'a> {
     }
 
     pub(crate) fn of_parts(parts: Vec<WeightPart<'a>>, row_shape: &[usize]) -> Self {
-        Self { parts, row_shape: row_shape.to_vec(), row_factors: None, column_factors: None }
+        Self { parts, row_shape: row_shape.to_vec(), row_factors: None, column_factors: None, importance: None }
     }
 
     pub(crate) fn num_rows(&self) -> usize {
@@ -91,6 +93,16 @@ impl<'a> Weight<'a> {
         debug_assert!(self.column_factors.is_none(), "bug: column factors twice");
         self.column_factors = Some(Rc::clone(factors));
         self
+    }
+
+    pub(crate) fn with_importance(mut self, importance: Option<Rc<[f32]>>) -> Self {
+        assert!(importance.as_ref().is_none_or(|importance| importance.len() == self.row_size()), "bug: importance");
+        self.importance = importance;
+        self
+    }
+
+    pub(crate) fn importance(&self) -> Option<&[f32]> {
+        self.importance.as_deref()
     }
 
     /// Weights of the checkpoint in it.

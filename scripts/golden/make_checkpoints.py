@@ -20,6 +20,7 @@ import itertools
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -43,6 +45,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import logging
 
+import layouts
 import tiny_tokenizer
 import tower_images
 
@@ -102,7 +105,7 @@ class Spec:
 
     name: str
     # published: 4.x files; v5: what save_pretrained of 5.x writes; memory: the modules' names in 5.x;
-    # memory4: in 4.52+
+    # memory4: in 4.52+; original: those of the LLaVA repository
     naming: str
     text: dict[str, Any]
     vision: dict[str, Any]
@@ -111,9 +114,15 @@ class Spec:
     # 4: rope_theta, rope_scaling, torch_dtype; 4-minimal: the same without keys at their default; 5: as 5.x
     # saves it
     config_style: str = "4"
-    # The dtype of the parameters: one of f32, f16, bf16, or mixed (see `stored_dtype`).
+    # The dtype of the parameters: one of f32, f16, bf16, or mixed or tower-f32 (see `stored_dtype`).
     dtype: str = "bf16"
     shards: int = 1
+    weights: str = "safetensors"  # or bin: torch's own files
+    # Where the original layout has its tower: embedded, or in a folder, as a clip or a clip-vision model
+    tower: str = "embedded"
+    original: dict[str, Any] = field(default_factory=dict)  # changes of the original layout's config.json
+    tokenizer_inside: bool = True
+    adapter: layouts.Adapter | None = None
     processor: str = "clip"  # clip, clip-ints, llava-pad, saved-clip or saved-llava-pad
     processor_config: bool = (
         True  # whether there is a processor_config.json, which 4.x before 4.45 did not write
@@ -134,6 +143,10 @@ class Spec:
     @property
     def tied(self) -> bool:
         return self.text.get("tie_word_embeddings", False)
+
+    @property
+    def is_original(self) -> bool:
+        return self.naming == "original"
 
     @property
     def image_id(self) -> int:
@@ -188,6 +201,8 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 SPECS = [
     # The commonest published layout: 4.x names, GQA.
@@ -356,6 +371,97 @@ SPECS = [
         want_stop=True,
         prompt="What is in the photograph?\nAnswer “briefly” – 謝謝 🙂",
     ),
+    # The original layout with its tower inside, as the paper's checkpoint: decoder f16, tower f32, no
+    # tokenizer. Nothing says how many heads the tower has.
+    Spec(
+        name="original-embedded",
+        naming="original",
+        text=text(vocab_size=IMAGE_ID, hidden_size=48, intermediate_size=64),
+        vision=vision(hidden_size=64, num_attention_heads=1, num_hidden_layers=2),
+        rope={"rope_theta": 500000.0},
+        dtype="tower-f32",
+        processor="llava-pad",
+        template=TEMPLATE_STRING,
+        parts=False,
+        generation_eos=None,
+        tokenizer_inside=False,
+    ),
+    # The original layout without a tower: a CLIPModel in torch's file has it, and the image processor.
+    Spec(
+        name="original-clip-folder-bf16",
+        naming="original",
+        text=text(num_key_value_heads=1, rms_norm_eps=2e-2),
+        vision=vision(hidden_act="gelu", layer_norm_eps=2e-2, hidden_size=32),
+        llava={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+        rope={"rope_theta": 10000.0} | LLAMA3_SCALING,
+        shards=2,
+        weights="bin",
+        tower="clip",
+        original={"mm_vision_select_feature": "cls_patch", "unfreeze_mm_vision_tower": "absent"},
+        processor="clip-ints",
+        mean=[0.5, 0.5, 0.5],
+        std=[0.5, 0.5, 0.5],
+        template=TEMPLATE_STRING,
+        template_at="tokenizer_config.json",
+        parts=False,
+        generation_eos=[END_ID, EOT_ID],
+    ),
+    # transformers' layout in shards of torch's files; a tied head that shares the table's memory.
+    Spec(
+        name="sharded-bin-f16",
+        naming="published",
+        text=text(hidden_size=48, tie_word_embeddings=True),
+        vision=vision(hidden_size=32),
+        dtype="f16",
+        shards=3,
+        weights="bin",
+        tied_head_stored=True,
+        processor="llava-pad",
+        template_at="tokenizer_config.json",
+    ),
+    # A LoRA on everything that peft can put one on, trained on modules of other names than the checkpoint's.
+    Spec(
+        name="lora-published-bf16",
+        naming="published",
+        text=text(hidden_size=48),
+        vision=vision(hidden_size=32),
+        adapter=layouts.Adapter(
+            {
+                "r": 4,
+                "lora_alpha": 6,
+                "use_rslora": True,
+                "target_modules": [*LINEAR_LAYERS, "out_proj", "fc1", "linear_1", "embed_tokens"],
+                "rank_pattern": {"mlp.down_proj": 2, "embed_tokens": 3},
+                "alpha_pattern": {"^model.language_model.layers.1.self_attn.v_proj": 16, "linear_1": 3},
+                "modules_to_save": ["lm_head"],
+            }
+        ),
+    ),
+    # A LoRA of the LLaVA repository on a bare LLaMA with heads of 24: the projector comes with the adapter.
+    Spec(
+        name="lora-original-f16",
+        naming="original",
+        text=text(hidden_size=48, head_dim=24, num_key_value_heads=1, tie_word_embeddings=True),
+        vision=vision(),
+        dtype="f16",
+        weights="bin",
+        tower="clip-vision",
+        original={"model_type": "llava", "image_aspect_ratio": "absent"},
+        adapter=layouts.Adapter(
+            {
+                "r": 3,
+                "lora_alpha": 12,
+                "target_modules": LINEAR_LAYERS,
+                "task_type": "CAUSAL_LM",
+            },
+            dtype=torch.bfloat16,
+            language_only=True,
+        ),
+        template=TEMPLATE_STRING,
+        template_at="tokenizer_config.json",
+        parts=False,
+        want_stop=True,
+    ),
 ]
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -482,6 +588,8 @@ def randomise(model: LlavaForConditionalGeneration, seed: int) -> None:
 
 def stored_dtype(spec: Spec, name: str) -> torch.dtype:
     """The dtype in which a parameter (by its module's name) is stored."""
+    if spec.dtype == "tower-f32":
+        return torch.float32 if "vision_tower" in name else torch.float16
     if spec.dtype != "mixed":
         return DTYPES[spec.dtype]
     if "norm" in name or "embed_tokens" in name:
@@ -524,6 +632,9 @@ def write_weights(spec: Spec, model: LlavaForConditionalGeneration, folder: Path
     for name, value in rounded.named_parameters():
         value.data = value.data.to(stored_dtype(spec, name))
     total = sum(value.numel() * value.element_size() for value in rounded.parameters())
+    if spec.is_original:
+        write_original(spec, rounded, folder)
+        return
     if spec.naming in ("v5", "memory"):
         limit = "1GB" if spec.shards == 1 else f"{total // spec.shards // 1000 + 20}KB"
         rounded.save_pretrained(folder, max_shard_size=limit, save_original_format=spec.naming == "v5")
@@ -532,7 +643,8 @@ def write_weights(spec: Spec, model: LlavaForConditionalGeneration, folder: Path
         stored_name(spec, name): value.detach().contiguous() for name, value in rounded.named_parameters()
     }
     if spec.tied and spec.tied_head_stored:
-        tensors[stored_name(spec, "lm_head.weight")] = rounded.lm_head.weight.detach().clone()
+        head = rounded.lm_head.weight.detach()
+        tensors[stored_name(spec, "lm_head.weight")] = head if spec.weights == "bin" else head.clone()
     if spec.old_buffers:
         positions = rounded.model.vision_tower.embeddings.position_ids
         tensors["vision_tower.vision_model.embeddings.position_ids"] = positions.contiguous()
@@ -541,6 +653,9 @@ def write_weights(spec: Spec, model: LlavaForConditionalGeneration, folder: Path
             tensors[f"language_model.model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (
                 frequencies.clone()
             )
+    if spec.weights == "bin":
+        layouts.save_shards(tensors, folder, spec.shards)
+        return
     if spec.shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -555,18 +670,66 @@ def write_weights(spec: Spec, model: LlavaForConditionalGeneration, folder: Path
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def stored_model(spec: Spec, folder: Path) -> LlavaForConditionalGeneration:
-    """The model with the stored weights in float32, mapped by this script's own rules."""
+def write_original(spec: Spec, rounded: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Writes the weights in the original layout, and the tower's folder and the adapter's projector."""
+    tensors = {name: value.detach().contiguous() for name, value in rounded.named_parameters()}
+    elsewhere = []
+    if spec.tower != "embedded":
+        tower_folder = folder / "vision_tower"
+        tower_folder.mkdir()
+        tower = {
+            name.removeprefix(layouts.TOWER): value
+            for name, value in tensors.items()
+            if name.startswith(layouts.TOWER)
+        }
+        write = layouts.write_clip_model if spec.tower == "clip" else layouts.write_clip_vision_model
+        write(tower, spec.vision, tower_folder)
+        elsewhere.append(layouts.TOWER)
+    if spec.adapter:
+        (folder / "lora").mkdir()
+        projector = {name: value for name, value in tensors.items() if name.startswith(layouts.PROJECTOR)}
+        layouts.write_projector(projector, folder / "lora")
+        elsewhere.append(layouts.PROJECTOR)
+    kept = {
+        layouts.original_name(name): value
+        for name, value in tensors.items()
+        if not name.startswith(tuple(elsewhere))
+    }
+    if spec.weights == "bin":
+        layouts.save_shards(kept, folder, spec.shards)
+    else:
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for name, value in load_file(file).items():
-            if not name.endswith((".position_ids", ".rotary_emb.inv_freq")):
-                tensors[module_name(name)] = value.float()
+        tensors |= load_file(file)
+    for file in sorted(folder.glob("*.bin")):
+        tensors |= torch.load(file, weights_only=True)
+    return tensors
+
+
+def stored_model(spec: Spec, folder: Path) -> LlavaForConditionalGeneration:
+    """The model with the stored weights in float32, mapped by this script's own rules, the adapter merged."""
+    model = LlavaForConditionalGeneration(llava_config(spec)).eval()
+    original = {layouts.original_name(name): name for name in model.state_dict()}
+    tensors = {}
+    for name, value in load_tensors(folder).items():
+        if not name.endswith((".position_ids", ".rotary_emb.inv_freq")):
+            tensors[original[name] if spec.is_original else module_name(name)] = value.float()
+    for name, value in load_tensors(folder / "vision_tower").items():
+        if name.startswith("vision_model.") and not name.endswith(".position_ids"):
+            tensors[name.replace("vision_model.", layouts.TOWER, 1)] = value.float()
+    if spec.is_original and spec.adapter:
+        projector = torch.load(folder / "lora" / "non_lora_trainables.bin", weights_only=True)
+        for name, value in projector.items():
+            tensors[original[name.removeprefix("base_model.model.")]] = value.float()
     if spec.tied:
         tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
-    model = LlavaForConditionalGeneration(llava_config(spec)).eval()
     model.load_state_dict(tensors, strict=True)
-    return model
+    return layouts.load_adapter(spec.adapter, model, folder / "lora") if spec.adapter else model
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -575,7 +738,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_config(spec: Spec, model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Writes config.json and generation_config.json."""
-    if spec.config_style == "5":
+    if spec.is_original:
+        layer = spec.llava.get("vision_feature_layer", -2)
+        ids = {"bos_token_id": BOS_ID, "eos_token_id": spec.config_eos, "pad_token_id": PAD_ID}
+        config = layouts.original_config(spec.text, spec.rope, layer, spec.vision, ids, spec.original)
+        write_json((folder / "lora" if spec.adapter else folder) / "config.json", config)
+        if spec.adapter:  # The base is a bare LLaMA.
+            text_config = config_4x(spec)["text_config"] | {"architectures": ["LlamaForCausalLM"]}
+            write_json(folder / "config.json", text_config)
+    elif spec.config_style == "5":
         config = copy.deepcopy(model.config)
         config.architectures = ["LlavaForConditionalGeneration"]
         config.dtype = DTYPE_NAMES[spec.dtype]
@@ -687,6 +858,29 @@ def write_processor(spec: Spec, folder: Path) -> None:
     else:
         (folder / "chat_template.jinja").write_text(spec.template, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", tokenizer_config)
+
+
+def write_original_files(spec: Spec, work: Path, folder: Path) -> None:
+    """What the original layout has beside its weights, taken from a transformers checkpoint."""
+    target = folder if spec.tokenizer_inside else folder / "tokenizer"
+    target.mkdir(exist_ok=True)
+    shutil.copy(work / "tokenizer.json", target)
+    if spec.template_at == "tokenizer_config.json":
+        shutil.copy(work / "tokenizer_config.json", target)
+    if spec.tower != "embedded":
+        shutil.copy(work / "preprocessor_config.json", folder / "vision_tower")
+
+
+def export_flags(spec: Spec) -> dict[str, str]:
+    """What `recaption export` has to be given besides the checkpoint."""
+    flags = {}
+    if spec.is_original and spec.tower != "embedded":
+        flags["vision_tower"] = "vision_tower"
+    if not spec.tokenizer_inside:
+        flags["tokenizer"] = "tokenizer"
+    if spec.adapter:
+        flags["lora"] = "lora"
+    return flags
 
 
 def messages(spec: Spec) -> list[dict[str, Any]]:
@@ -846,6 +1040,8 @@ def check_with_transformers(spec: Spec, folder: Path, pictures: list[Path], gold
         raise ValueError(f"{spec.name}: loading reports {problems}")
     model.eval()
     eos = model.generation_config.eos_token_id
+    if spec.adapter and not spec.is_original:
+        model = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload()
     if (eos if isinstance(eos, list) else [eos]) != golden["stop_ids"]:
         raise ValueError(f"{spec.name}: transformers stops at {eos}")
     outside = spec.image_id >= spec.text["vocab_size"]
@@ -874,8 +1070,8 @@ def check_with_transformers(spec: Spec, folder: Path, pictures: list[Path], gold
             new_ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[
                 0, len(ids) :
             ].tolist()
-        if (logits - torch.tensor(expected["logits"])).abs().max() > 2e-5:
-            raise ValueError(f"{spec.name}: from_pretrained gives other logits")
+        if (difference := float((logits - torch.tensor(expected["logits"])).abs().max())) > 2e-5:
+            raise ValueError(f"{spec.name}: from_pretrained gives other logits, by {difference}")
         if new_ids != expected["token_ids"]:
             raise ValueError(f"{spec.name}: generate gives other ids")
     return "inputs_embeds" if outside else "generate"
@@ -883,13 +1079,21 @@ def check_with_transformers(spec: Spec, folder: Path, pictures: list[Path], gold
 
 def make(spec: Spec, folder: Path, pictures: list[Path]) -> dict[str, Any]:
     """Writes one checkpoint; returns the row of the table."""
+    if not spec.is_original:
+        return make_in(spec, folder, folder, pictures)
+    with tempfile.TemporaryDirectory() as work:
+        return make_in(spec, folder, Path(work), pictures)
+
+
+def make_in(spec: Spec, folder: Path, work: Path, pictures: list[Path]) -> dict[str, Any]:
+    """Writes one checkpoint; `work` is where the same lies in transformers' layout."""
     tokenizer = None
     for seed in range(MAX_SEEDS):
         if seed == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_processor(spec, folder)
-            tokenizer = AutoProcessor.from_pretrained(folder)
+            write_processor(spec, work)
+            tokenizer = AutoProcessor.from_pretrained(work)
             rendered = render(spec, tokenizer)
             tokenizer = tokenizer.tokenizer
             expanded = rendered.replace(tiny_tokenizer.IMAGE, tiny_tokenizer.IMAGE * spec.num_image_tokens)
@@ -899,9 +1103,12 @@ def make(spec: Spec, folder: Path, pictures: list[Path]) -> dict[str, Any]:
         randomise(model, seed)
         for name, value in model.named_parameters():
             value.copy_(value.to(stored_dtype(spec, name)).float())
+        whole = model
+        if spec.adapter:
+            whole = layouts.merged(layouts.attach(spec.adapter, model, seed), model)
         answers = []
         for each in pixels:
-            answers.append(greedy(model, spec, ids, each))
+            answers.append(greedy(whole, spec, ids, each))
             if any(reason.startswith(("margin", "few")) for reason in defects(spec, answers[-1:])):
                 break
         if len(answers) == len(pixels) and not list(defects(spec, answers)):
@@ -910,8 +1117,17 @@ def make(spec: Spec, folder: Path, pictures: list[Path]) -> dict[str, Any]:
         raise ValueError(f"{spec.name}: no seed below {MAX_SEEDS} is good enough")
 
     write_weights(spec, model, folder)
+    if spec.adapter:
+        layouts.write_adapter(spec.adapter, layouts.attach(spec.adapter, model, seed), folder / "lora")
     write_config(spec, model, folder)
-    model = stored_model(spec, folder)
+    base, model = model, stored_model(spec, folder)
+    if spec.is_original:
+        write_original_files(spec, work, folder)
+        converted = replace(spec, naming="v5", dtype="f32", config_style="5", shards=1)
+        write_weights(converted, model, work)
+        write_config(converted, model, work)
+    if flags := export_flags(spec):
+        write_json(folder / "export.json", flags)
     golden: dict[str, Any] = {
         "prompt": spec.prompt,
         "messages": messages(spec),
@@ -938,15 +1154,22 @@ def make(spec: Spec, folder: Path, pictures: list[Path]) -> dict[str, Any]:
                 "min_margin": significant(torch.tensor([answer.min_margin]))[0],
             }
         )
+    if spec.adapter:
+        for name, other in layouts.without_each(spec.adapter, base, seed):
+            embeds = input_embeds(other, spec, ids, pixels[0])
+            logits = other(inputs_embeds=embeds, logits_to_keep=1).logits[0, -1]
+            value = float((logits - answers[0].logits).abs().max())
+            if not (value < 1e-4 if unused(spec, name) else value > 2e-3):
+                raise ValueError(f"{spec.name}: {name} moves the logits by {value}")
     for name, value in sensitivities(model, spec, ids, pixels[0], answers[0].logits).items():
         if not (value < 1e-4 if unused(spec, name) else value > 0.01):
             raise ValueError(f"{spec.name}: {name} moves the logits by {value}")
     write_golden(folder / "golden.json", golden)
-    how = check_with_transformers(spec, folder, pictures, golden)
+    how = check_with_transformers(spec, work, pictures, golden)
     return {
         "name": spec.name,
         "seed": seed,
-        "KB": round(sum(file.stat().st_size for file in folder.iterdir()) / 1000),
+        "KB": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1000),
         "min margin": f"{min(answer.min_margin for answer in answers):.4f}",
         "distinct ids": "/".join(str(len(set(answer.ids))) for answer in answers),
         "stop at": "/".join(

@@ -10,6 +10,9 @@ use crate::commands::Outcome;
 use crate::error::Error;
 use crate::model::Tokenizer;
 
+/// Captions of pictures that do not exist: text as a captioner writes it.
+const CAPTIONS: &str = include_str!("calibration.txt");
+
 pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     let options = ExportOptions {
         precision: args.precision.into(),
@@ -28,6 +31,8 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
             TargetArg::Ort => Target::Ort,
             TargetArg::Tensorrt => Target::TensorRt,
         },
+        vision_tower: args.vision_tower.clone(),
+        lora: args.lora.clone(),
         tokenizer: args.tokenizer.clone(),
         overwrite: args.overwrite,
         cancel: super::interrupt_flag(),
@@ -64,18 +69,22 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
 }
 
 fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
-    let path = match args.calibration.as_str() {
-        "random" => return Ok(Calibration::Random),
+    let text = match args.calibration.as_str() {
         "none" => return Ok(Calibration::None),
-        path => Path::new(path),
+        "random" => return Ok(Calibration::Random),
+        "captions" => CAPTIONS.to_owned(),
+        path => std::fs::read_to_string(path).map_err(Error::io("read", Path::new(path)))?,
     };
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
     let tokenizer = match &args.tokenizer {
         Some(path) if path.is_dir() => path.join("tokenizer.json"),
         Some(path) => path.clone(),
         None => args.checkpoint.join("tokenizer.json"),
     };
-    Ok(Calibration::Tokens(Tokenizer::open(&tokenizer)?.encode(&text)?))
+    // A checkpoint without a usable tokenizer is refused by the export itself, with its own hint.
+    match Tokenizer::open(&tokenizer) {
+        Ok(tokenizer) => Ok(Calibration::Tokens(tokenizer.encode(&text)?)),
+        Err(_) => Ok(Calibration::Random),
+    }
 }
 
 fn describe(manifest: &BundleManifest) -> String {

@@ -1,94 +1,13 @@
 //! Exported graphs against transformers in fp32: prefill logits close, greedy ids identical. The goldens are of the
 //! stored weights; `scripts/golden/make_checkpoints.py` makes both.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use recaption::model::prompt::Preset;
-use recaption::model::sequence::StopRule;
-use recaption::model::{Bundle, Prompt, TemplateChoice, Tokenizer};
-use recaption::pipeline::engine::{Engine, EngineOptions};
-use recaption::pipeline::load::{LoadLimits, load};
-use recaption::pipeline::preprocess::{PixelFormat, PixelValues, Preprocessor};
-use recaption::runtime::Device;
-use serde_json::Value;
+use recaption::model::Bundle;
+use recaption::pipeline::preprocess::PixelValues;
 
-use crate::support::{
-    FP32_LOGITS, assert_close, bundle, checkpoints, floats, integers, printed_rows, read_json, recaption, root, stderr,
-};
-
-struct Golden {
-    name: String,
-    json: Value,
-}
-
-impl Golden {
-    fn all() -> Vec<Self> {
-        let goldens: Vec<Self> = checkpoints()
-            .into_iter()
-            .map(|name| {
-                let json = read_json(&root(&format!("tests/data/checkpoints/{name}/golden.json")));
-                Self { name, json }
-            })
-            .collect();
-        assert!(goldens.len() >= 8, "{} checkpoints", goldens.len());
-        goldens
-    }
-
-    fn bundle(&self) -> PathBuf {
-        bundle(&format!("tests/data/checkpoints/{}", self.name))
-    }
-
-    fn prompt(&self) -> &str {
-        self.json["prompt"].as_str().unwrap()
-    }
-
-    /// A template that knows text only got its image in the text: that is the plain preset here, not the default.
-    fn template(&self) -> Option<Preset> {
-        self.json["messages"][0]["content"].is_string().then_some(Preset::PlainLlama3)
-    }
-
-    fn images(&self) -> &[Value] {
-        self.json["images"].as_array().unwrap()
-    }
-
-    fn image_paths(&self) -> Vec<String> {
-        let folder = root(&format!("tests/data/checkpoints/{}", self.name));
-        let path = |image: &Value| folder.join(image["image"].as_str().unwrap()).canonicalize().unwrap();
-        self.images().iter().map(|image| path(image).display().to_string()).collect()
-    }
-
-    /// Runs the command line on the golden's images; `extra` arguments go last.
-    fn run(&self, extra: &[&str]) -> Vec<Value> {
-        let (bundle, paths) = (self.bundle().display().to_string(), self.image_paths());
-        let mut args = vec!["run"];
-        args.extend(paths.iter().map(String::as_str));
-        args.extend(["--model", &bundle, "--prompt", self.prompt(), "--max-new-tokens", "48"]);
-        args.extend(["--with-token-ids", "--quiet", "--provider", "cpu"]);
-        if let Some(template) = self.template() {
-            args.extend(["--template", template.name()]);
-        }
-        args.extend(extra);
-        let output = recaption(&args);
-        let rows = printed_rows(&output);
-        assert_eq!(rows.len(), self.images().len(), "{}: {}", self.name, stderr(&output));
-        rows
-    }
-}
-
-fn pixel_values(bundle: &Bundle, path: &Path) -> PixelValues {
-    let image = load(&std::fs::read(path).unwrap(), &LoadLimits::default()).unwrap();
-    let format = PixelFormat::of(&bundle.manifest);
-    let mut pixel_values = format.allocate();
-    let mut preprocessor = Preprocessor::new(bundle.manifest.preprocessing.clone());
-    preprocessor.preprocess(&image, format, &mut pixel_values).unwrap();
-    pixel_values
-}
-
-fn prompt(golden: &Golden, bundle: &Bundle) -> Prompt {
-    let tokenizer = Tokenizer::open(&bundle.tokenizer_path()).unwrap();
-    let template = golden.template().map(TemplateChoice::Preset);
-    Prompt::build(golden.prompt(), template.as_ref(), &bundle.manifest.prompt, &tokenizer).unwrap()
-}
+use crate::golden::{Golden, open_engine, pixel_values, prompt};
+use crate::support::{FP32_LOGITS, assert_close, bundle, floats, integers, read_json, root};
 
 #[test]
 fn prompts_have_the_ids_that_transformers_gives() {
@@ -114,14 +33,7 @@ fn prefill_logits_match_transformers() {
     for golden in Golden::all() {
         let bundle = Bundle::open(&golden.bundle()).unwrap();
         let paths = golden.image_paths();
-        let options = EngineOptions {
-            device: Device::Cpu,
-            num_threads: 1,
-            num_slots: paths.len(),
-            vision_batch: paths.len(),
-            stop_rule: StopRule { stop_token_ids: vec![], max_new_tokens: 1, ignore_eos: true },
-        };
-        let mut engine = Engine::<()>::open(&bundle, &prompt(&golden, &bundle), &options).unwrap();
+        let mut engine = open_engine(&golden, &bundle, paths.len());
         let pixels: Vec<PixelValues> = paths.iter().map(|path| pixel_values(&bundle, Path::new(path))).collect();
         let vocab_size = bundle.manifest.decoder.vocab_size;
         let views: Vec<&PixelValues> = pixels.iter().collect();

@@ -40,10 +40,24 @@ pub(crate) fn bundle(checkpoint: &str) -> PathBuf {
         .entry(checkpoint.to_owned())
         .or_insert_with_key(|checkpoint| {
             let target = FOLDER.path().join(checkpoint.replace('/', "-"));
-            export(&root(checkpoint), &target, &ExportOptions::default()).unwrap();
+            let folder = root(checkpoint);
+            export(&folder, &target, &export_options(&folder)).unwrap();
             target
         })
         .clone()
+}
+
+/// What `export.json` in a committed checkpoint says that it is exported with; paths are relative to its folder.
+pub(crate) fn export_options(checkpoint: &Path) -> ExportOptions {
+    let path = checkpoint.join("export.json");
+    let json = if path.is_file() { read_json(&path) } else { Value::Null };
+    let path = |name: &str| json[name].as_str().map(|path| checkpoint.join(path));
+    ExportOptions {
+        vision_tower: path("vision_tower"),
+        lora: path("lora"),
+        tokenizer: path("tokenizer"),
+        ..ExportOptions::default()
+    }
 }
 
 pub(crate) fn demo_bundle() -> PathBuf {
@@ -64,6 +78,13 @@ pub(crate) fn checkpoints() -> Vec<String> {
 
 pub(crate) fn read_json(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
+}
+
+/// Changes a JSON file.
+pub(crate) fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut json = read_json(path);
+    edit(&mut json);
+    std::fs::write(path, json.to_string()).unwrap();
 }
 
 /// What `scripts/fetch_test_data.sh` fetches.
@@ -91,12 +112,17 @@ pub(crate) fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what
     largest
 }
 
-/// Copies the files of a folder, for a test to damage.
+/// Copies a folder, for a test to damage.
 pub(crate) fn copy_folder(source: &Path, target: &Path) {
     std::fs::create_dir(target).unwrap();
     for entry in std::fs::read_dir(source).unwrap() {
         let path = entry.unwrap().path();
-        std::fs::copy(&path, target.join(path.file_name().unwrap())).unwrap();
+        let copy = target.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy_folder(&path, &copy);
+        } else {
+            std::fs::copy(&path, copy).unwrap();
+        }
     }
 }
 

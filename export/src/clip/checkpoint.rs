@@ -59,7 +59,7 @@ impl ClipCheckpoint {
             if files.is_empty() {
                 return Err(Error::MissingFile {
                     checkpoint: path.to_owned(),
-                    what: "model.safetensors or model.safetensors.index.json",
+                    what: "model.safetensors, pytorch_model.bin or an index of such",
                     hint: "give the folder of a transformers checkpoint, with all of its weights",
                 });
             }

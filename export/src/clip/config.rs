@@ -10,7 +10,10 @@ use super::checkpoint::ClipCheckpoint;
 use super::manifest::EosRule;
 use super::names::{ClipLayout, POSITIONS_RES};
 use crate::activation::Activation;
-use crate::config::{RawVisionConfig, TokenIds, VisionConfig, refuse_bad_epsilon, refuse_out_of_range, refuse_uneven};
+use crate::config::{
+    RawVisionConfig, TokenIds, VisionConfig, parse, refuse_bad_epsilon, refuse_out_of_range, refuse_quantised,
+    refuse_uneven,
+};
 use crate::encoder::EncoderConfig;
 use crate::error::{Error, Result};
 
@@ -85,16 +88,12 @@ struct RawTextConfig {
 }
 
 fn from_json(config: &Value, path: &Path) -> Result<ClipConfig> {
-    let raw: RawClipConfig = serde_path_to_error::deserialize(config)
-        .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })?;
-    if raw.quantization_config.is_some() {
-        let hint = "export the unquantised checkpoint";
-        return Err(Error::unsupported("quantization_config", "a quantised checkpoint", hint));
-    }
+    let raw: RawClipConfig = parse(config, path)?;
+    refuse_quantised(&[&raw.quantization_config])?;
     let vision = raw.vision_config_dict.or(raw.vision_config).unwrap_or_default();
     let text = raw.text_config_dict.or(raw.text_config).unwrap_or_default();
     let projection_dim = raw.projection_dim.unwrap_or(512);
-    refuse_out_of_range(&[("projection_dim", projection_dim)], path)?;
+    refuse_out_of_range("", &[("projection_dim", projection_dim)], path)?;
     Ok(ClipConfig { vision: vision.validate(&[-1], "full", path)?, text: text.validate(path)?, projection_dim })
 }
 
@@ -116,14 +115,14 @@ impl RawTextConfig {
         let context_length = self.max_position_embeddings.unwrap_or(77);
         let num_layers = self.num_hidden_layers.unwrap_or(12);
         let positive = [
-            ("text_config.hidden_size", encoder.hidden_size),
-            ("text_config.intermediate_size", encoder.intermediate_size),
-            ("text_config.num_attention_heads", encoder.num_heads),
-            ("text_config.num_hidden_layers", num_layers),
-            ("text_config.vocab_size", vocab_size),
-            ("text_config.max_position_embeddings", context_length),
+            ("hidden_size", encoder.hidden_size),
+            ("intermediate_size", encoder.intermediate_size),
+            ("num_attention_heads", encoder.num_heads),
+            ("num_hidden_layers", num_layers),
+            ("vocab_size", vocab_size),
+            ("max_position_embeddings", context_length),
         ];
-        refuse_out_of_range(&positive, path)?;
+        refuse_out_of_range("text_config.", &positive, path)?;
         refuse_bad_epsilon("text_config.layer_norm_eps", encoder.layer_norm_eps, path)?;
         refuse_uneven("text_config", encoder.hidden_size, encoder.num_heads, path)?;
         let invalid = |reason: String| Error::InvalidConfig { path: path.to_owned(), reason };
@@ -176,7 +175,7 @@ fn from_shapes(checkpoint: &ClipCheckpoint) -> Result<ClipConfig> {
         ("context length", context_length),
         ("width of the embeddings", projection_dim),
     ];
-    refuse_out_of_range(&sizes, &checkpoint.path)?;
+    refuse_out_of_range("", &sizes, &checkpoint.path)?;
     let text = TextConfig {
         encoder: openai_encoder(checkpoint, "text_model", hidden_size)?,
         num_layers: self::num_layers(checkpoint, "text_model"),
@@ -215,13 +214,13 @@ mod tests {
 
     use super::*;
 
-    fn parse(config: &Value) -> Result<ClipConfig> {
+    fn read(config: &Value) -> Result<ClipConfig> {
         from_json(config, Path::new("config.json"))
     }
 
     #[test]
     fn a_bare_config_is_clip_vit_b_32() {
-        let config = parse(&json!({"model_type": "clip"})).expect("valid");
+        let config = read(&json!({"model_type": "clip"})).expect("valid");
         assert_eq!((config.vision.hidden_size, config.vision.num_patches(), config.vision.num_layers()), (768, 49, 12));
         assert_eq!((config.text.encoder.hidden_size, config.text.context_length), (512, 77));
         assert_eq!((config.text.eos, config.projection_dim), (EosRule::First { token_id: 49_407 }, 512));
@@ -230,7 +229,7 @@ mod tests {
 
     #[test]
     fn the_end_of_a_text_is_where_transformers_finds_it() {
-        let eos = |ids: Value| parse(&json!({"text_config": {"eos_token_id": ids}})).map(|config| config.text.eos);
+        let eos = |ids: Value| read(&json!({"text_config": {"eos_token_id": ids}})).map(|config| config.text.eos);
         assert_eq!(eos(json!(2)).expect("valid"), EosRule::LargestId);
         assert_eq!(eos(json!([7])).expect("valid"), EosRule::First { token_id: 7 });
         assert!(eos(json!([7, 8])).expect_err("two ids").to_string().contains("eos_token_id"));
@@ -240,9 +239,9 @@ mod tests {
     #[test]
     fn the_dict_of_old_files_goes_before_the_config() {
         let config = json!({"text_config": {"hidden_size": 64}, "text_config_dict": {"hidden_size": 128}});
-        assert_eq!(parse(&config).expect("valid").text.encoder.hidden_size, 128);
+        assert_eq!(read(&config).expect("valid").text.encoder.hidden_size, 128);
         let config = json!({"text_config": {"hidden_size": 64}, "text_config_dict": null});
-        assert_eq!(parse(&config).expect("valid").text.encoder.hidden_size, 64);
+        assert_eq!(read(&config).expect("valid").text.encoder.hidden_size, 64);
     }
 
     #[test]
@@ -256,7 +255,7 @@ mod tests {
             (json!({"projection_dim": 0}), "projection_dim"),
         ];
         for (config, name) in cases {
-            let error = parse(&config).expect_err(name);
+            let error = read(&config).expect_err(name);
             assert!(error.to_string().contains(name), "{error}");
         }
     }

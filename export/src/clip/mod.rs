@@ -8,20 +8,19 @@ mod manifest;
 mod names;
 mod text_tower;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde_json::{Value as Json, json};
+use serde_json::json;
 
 pub(crate) use self::checkpoint::ClipCheckpoint;
 pub use self::manifest::{ClipGraphs, ClipManifest, EosRule, ImageDims, TextDims};
 
 use self::config::ClipConfig;
 use crate::bundle_manifest::BundleManifest;
-use crate::checkpoint::parse_json;
 use crate::error::{Error, Result};
 use crate::graph::{Attribute, DataType, GraphBuilder, Value, write_hashed};
 use crate::manifest::{BundleKind, FORMAT_VERSION, PixelValues, Source};
-use crate::processor_config::Preprocessing;
+use crate::processor_config::{Preprocessing, processor_of};
 use crate::tokenizer_files::read_tokenizer;
 use crate::{ExportOptions, OutputFolder, folder_name};
 
@@ -31,6 +30,11 @@ pub(crate) fn export(
     bundle_folder: &Path,
     options: &ExportOptions,
 ) -> Result<BundleManifest> {
+    for (flag, is_given) in [("--vision-tower", options.vision_tower.is_some()), ("--lora", options.lora.is_some())] {
+        if is_given {
+            return Err(Error::unsupported(flag, "with a CLIP checkpoint", "it goes with LLaVA checkpoints"));
+        }
+    }
     let (vision_format, text_format) = options.formats()?;
     let output = OutputFolder::check(bundle_folder, options.overwrite)?;
     let config = ClipConfig::read(checkpoint)?;
@@ -109,23 +113,6 @@ fn preprocessing(checkpoint: &ClipCheckpoint, image_size: usize) -> Result<Prepr
         return Err(invalid(reason));
     }
     Ok(preprocessing)
-}
-
-/// The image processor's settings in `folder`, in transformers' order: those inside of `processor_config.json`, else
-/// `preprocessor_config.json`.
-fn processor_of(folder: &Path) -> Result<Option<(PathBuf, Json)>> {
-    for name in ["processor_config.json", "preprocessor_config.json"] {
-        let path = folder.join(name);
-        if !path.is_file() {
-            continue;
-        }
-        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let json = parse_json(&path, &bytes)?;
-        if name == "preprocessor_config.json" || json.get("image_processor").is_some() {
-            return Ok(Some((path, json)));
-        }
-    }
-    Ok(None)
 }
 
 /// Declares `name` `[batch, size]` as an f32 output that holds `x`.

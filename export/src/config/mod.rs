@@ -1,7 +1,9 @@
-//! `config.json` of a transformers LLaVA checkpoint, with transformers' defaults, checked: what the exporter does not
-//! build is refused here, by name, before anything is written.
+//! `config.json` of a LLaVA checkpoint, with transformers' defaults, checked: what the exporter does not build is refused
+//! here, by name, before anything is written. [`original`] reads that of the original layout.
 //!
-//! Both generations of the file are read: 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
+//! Both generations of transformers' file are read: 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
+
+mod original;
 
 use std::path::Path;
 
@@ -9,6 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::activation::Activation;
+use crate::checkpoint::{Checkpoint, Layout};
 use crate::encoder::EncoderConfig;
 use crate::error::{Error, Result};
 
@@ -24,7 +27,8 @@ pub(crate) struct LlavaConfig {
     pub(crate) vision: VisionConfig,
     pub(crate) projector: ProjectorConfig,
     pub(crate) decoder: DecoderConfig,
-    pub(crate) image_token_id: u32,
+    /// The id of `<image>` in prompts; the original layout has none.
+    pub(crate) image_token_id: Option<u32>,
     /// Stop ids that config.json names; generation_config.json goes before them.
     pub(crate) eos_token_ids: Vec<u32>,
     pub(crate) bos_token_id: Option<u32>,
@@ -260,30 +264,22 @@ impl RawVisionConfig {
 }
 
 impl LlavaConfig {
-    /// Reads and checks `config`; `path` is only for messages.
+    /// Reads and checks the configuration of `checkpoint`.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for malformed fields, [`Error::Unsupported`] for what is not built.
-    pub(crate) fn from_json(config: &Value, path: &Path) -> Result<Self> {
-        let raw: RawConfig = serde_path_to_error::deserialize(config)
-            .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })?;
-        match raw.model_type.as_deref() {
-            Some("llava") => {}
-            found => {
-                return Err(Error::unsupported(
-                    "model_type",
-                    format!("`{}`", found.unwrap_or("none")),
-                    "export takes LLaVA-1.5 checkpoints in the transformers layout (`model_type: llava`)",
-                ));
-            }
+    pub(crate) fn read(checkpoint: &Checkpoint) -> Result<Self> {
+        match checkpoint.layout {
+            Layout::Original => original::read(checkpoint),
+            _ => Self::from_transformers(&checkpoint.config, &checkpoint.config_path),
         }
-        if raw.quantization_config.is_some() || raw.text_config.quantization_config.is_some() {
-            return Err(Error::unsupported(
-                "quantization_config",
-                "a quantised checkpoint",
-                "export the unquantised checkpoint",
-            ));
-        }
+    }
+
+    /// `config.json` as transformers writes it; `path` is only for messages.
+    fn from_transformers(config: &Value, path: &Path) -> Result<Self> {
+        let raw: RawConfig = parse(config, path)?;
+        refuse_other_models(raw.model_type.as_deref(), &["llava"])?;
+        refuse_quantised(&[&raw.quantization_config, &raw.text_config.quantization_config])?;
         let vision = raw.vision_config.unwrap_or_else(RawVisionConfig::clip_vit_l_336);
         let layers = match raw.vision_feature_layer {
             FeatureLayers::One(layer) => vec![layer],
@@ -291,7 +287,7 @@ impl LlavaConfig {
         };
         let eos = raw.eos_token_id.or_else(|| raw.text_config.eos_token_id.clone());
         let bos_token_id = raw.bos_token_id.or(raw.text_config.bos_token_id);
-        let decoder = raw.text_config.validate(raw.tie_word_embeddings, path)?;
+        let decoder = raw.text_config.validate("text_config.", raw.tie_word_embeddings, path)?;
         Ok(Self {
             vision: vision.validate(&layers, &raw.vision_feature_select_strategy, path)?,
             projector: ProjectorConfig {
@@ -299,7 +295,7 @@ impl LlavaConfig {
                 bias: raw.multimodal_projector_bias.unwrap_or(true),
             },
             decoder,
-            image_token_id: raw.image_token_index.or(raw.image_token_id).unwrap_or(32000),
+            image_token_id: Some(raw.image_token_index.or(raw.image_token_id).unwrap_or(32000)),
             eos_token_ids: eos.map(TokenIds::into_vec).unwrap_or_default(),
             bos_token_id,
         })
@@ -363,25 +359,26 @@ impl RawVisionConfig {
             keep_class_token,
         };
         let positive = [
-            ("vision_config.hidden_size", vision.hidden_size),
-            ("vision_config.intermediate_size", vision.intermediate_size),
-            ("vision_config.patch_size", vision.patch_size),
-            ("vision_config.num_attention_heads", vision.num_heads),
-            ("vision_config.image_size", vision.image_size),
-            ("vision_config.image_size / patch_size", vision.image_size / vision.patch_size.max(1)),
+            ("hidden_size", vision.hidden_size),
+            ("intermediate_size", vision.intermediate_size),
+            ("patch_size", vision.patch_size),
+            ("num_attention_heads", vision.num_heads),
+            ("image_size", vision.image_size),
+            ("image_size / patch_size", vision.image_size / vision.patch_size.max(1)),
         ];
-        refuse_out_of_range(&positive, path)?;
-        refuse_bad_epsilon("vision_config.layer_norm_eps", vision.layer_norm_eps, path)?;
+        refuse_out_of_range("vision_config.", &positive, path)?;
+        refuse_bad_epsilon("layer_norm_eps", vision.layer_norm_eps, path)?;
         refuse_uneven("vision_config", vision.hidden_size, vision.num_heads, path)?;
         Ok(vision)
     }
 }
 
 impl RawTextConfig {
-    fn validate(self, top_level_tie: Option<bool>, path: &Path) -> Result<DecoderConfig> {
+    /// `section` goes before the names of fields in messages.
+    fn validate(self, section: &str, top_level_tie: Option<bool>, path: &Path) -> Result<DecoderConfig> {
         if let Some(kind) = self.model_type.as_deref().filter(|kind| *kind != "llama") {
             return Err(Error::unsupported(
-                "text_config.model_type",
+                &format!("{section}model_type"),
                 format!("`{kind}`"),
                 "only LLaMA decoders (`llama`) export",
             ));
@@ -393,7 +390,7 @@ impl RawTextConfig {
         let head_dim = match self.head_dim {
             Some(head_dim) => head_dim,
             None => {
-                refuse_uneven("text_config", hidden_size, num_heads, path)?;
+                refuse_uneven(&format!("{section}hidden_size"), hidden_size, num_heads, path)?;
                 hidden_size / num_heads
             }
         };
@@ -407,28 +404,31 @@ impl RawTextConfig {
             vocab_size: self.vocab_size.unwrap_or(32000),
             max_position_embeddings: self.max_position_embeddings.unwrap_or(2048),
             rms_norm_eps: self.rms_norm_eps.unwrap_or(1e-6),
-            activation: Activation::parse("text_config.hidden_act", self.hidden_act.as_deref().unwrap_or("silu"))?,
+            activation: Activation::parse(
+                &format!("{section}hidden_act"),
+                self.hidden_act.as_deref().unwrap_or("silu"),
+            )?,
             attention_bias: self.attention_bias.unwrap_or(false),
             mlp_bias: self.mlp_bias.unwrap_or(false),
             rope,
             tie_word_embeddings: self.tie_word_embeddings == Some(true) || top_level_tie == Some(true),
         };
         let positive = [
-            ("text_config.hidden_size", decoder.hidden_size),
-            ("text_config.intermediate_size", decoder.intermediate_size),
-            ("text_config.num_hidden_layers", decoder.num_layers),
-            ("text_config.num_attention_heads", decoder.num_heads),
-            ("text_config.num_key_value_heads", decoder.num_kv_heads),
-            ("text_config.max_position_embeddings", decoder.num_positions()),
-            ("text_config.head_dim", decoder.head_dim),
-            ("text_config.vocab_size", decoder.vocab_size),
+            ("hidden_size", decoder.hidden_size),
+            ("intermediate_size", decoder.intermediate_size),
+            ("num_hidden_layers", decoder.num_layers),
+            ("num_attention_heads", decoder.num_heads),
+            ("num_key_value_heads", decoder.num_kv_heads),
+            ("max_position_embeddings", decoder.num_positions()),
+            ("head_dim", decoder.head_dim),
+            ("vocab_size", decoder.vocab_size),
         ];
-        refuse_bad_epsilon("text_config.rms_norm_eps", decoder.rms_norm_eps, path)?;
-        refuse_out_of_range(&positive, path)?;
-        refuse_uneven("text_config (key/value heads)", decoder.num_heads, decoder.num_kv_heads, path)?;
+        refuse_bad_epsilon(&format!("{section}rms_norm_eps"), decoder.rms_norm_eps, path)?;
+        refuse_out_of_range(section, &positive, path)?;
+        refuse_uneven(&format!("{section}num_attention_heads"), decoder.num_heads, decoder.num_kv_heads, path)?;
         if !decoder.head_dim.is_multiple_of(2) {
             return Err(Error::unsupported(
-                "text_config.head_dim",
+                &format!("{section}head_dim"),
                 decoder.head_dim,
                 "rotary embedding needs an even one",
             ));
@@ -446,7 +446,7 @@ impl RawTextConfig {
         }
         let Some(raw) = raw else { return Ok(Rope { theta, scaling: RopeScaling::None }) };
         if let Some(factor) = raw.partial_rotary_factor.filter(|&factor| factor != 1.0) {
-            return Err(Error::unsupported("text_config.rope_parameters.partial_rotary_factor", factor, ""));
+            return Err(Error::unsupported("partial_rotary_factor", factor, ""));
         }
         let need = |name: &str, value: Option<f64>| {
             value.filter(|value| is_usable(*value)).ok_or_else(|| Error::InvalidConfig {
@@ -480,10 +480,34 @@ impl RawTextConfig {
     }
 }
 
-pub(crate) fn refuse_out_of_range(fields: &[(&str, usize)], path: &Path) -> Result<()> {
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(config: &Value, path: &Path) -> Result<T> {
+    serde_path_to_error::deserialize(config)
+        .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })
+}
+
+fn refuse_other_models(model_type: Option<&str>, known: &[&str]) -> Result<()> {
+    match model_type {
+        Some(model_type) if known.contains(&model_type) => Ok(()),
+        Some("llava_next") => Err(Error::llava_next("model_type", "`llava_next`")),
+        found => Err(Error::unsupported(
+            "model_type",
+            format!("`{}`", found.unwrap_or("none")),
+            "export takes LLaVA-1.5 with a LLaMA decoder (`model_type: llava` or `llava_llama`) and CLIP (`clip`)",
+        )),
+    }
+}
+
+pub(crate) fn refuse_quantised(configs: &[&Option<Value>]) -> Result<()> {
+    if configs.iter().all(|config| config.is_none()) {
+        return Ok(());
+    }
+    Err(Error::unsupported("quantization_config", "a quantised checkpoint", "export the unquantised checkpoint"))
+}
+
+pub(crate) fn refuse_out_of_range(section: &str, fields: &[(&str, usize)], path: &Path) -> Result<()> {
     match fields.iter().find(|(_, value)| !(1..=MAX_DIMENSION).contains(value)) {
         Some((name, value)) => {
-            let reason = format!("`{name}`: expected 1 to {MAX_DIMENSION}, got {value}");
+            let reason = format!("`{section}{name}`: expected 1 to {MAX_DIMENSION}, got {value}");
             Err(Error::InvalidConfig { path: path.to_owned(), reason })
         }
         None => Ok(()),
@@ -511,7 +535,7 @@ mod tests {
     use super::*;
 
     fn parse(config: serde_json::Value) -> Result<LlavaConfig> {
-        LlavaConfig::from_json(&config, Path::new("config.json"))
+        LlavaConfig::from_transformers(&config, Path::new("config.json"))
     }
 
     #[test]
