@@ -27,13 +27,17 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Turn a LLaVA checkpoint into a bundle of ONNX graphs
+    /// Turn a LLaVA or CLIP checkpoint into a bundle of ONNX graphs
     ///
     /// The graphs (vision tower, projector, decoder with KV cache) are written straight from the weights: no Python, no
     /// tracing, and memory that does not grow with the model. The checkpoint is a folder in transformers' layout or in that of
     /// the LLaVA repository: config.json, *.safetensors or pytorch_model*.bin, tokenizer.json.
+    ///
+    /// A CLIP becomes two graphs, an image tower and a text tower: from a folder in transformers' layout, or from one file of
+    /// weights under OpenAI's names, such as Long-CLIP's.
     #[command(after_long_help = "Examples:\n  recaption export llava-llama-3-8b --out bundles/llava-8b\n  \
-        recaption export vicuna-7b --lora llava-lora --vision-tower clip-vit-l-336 --out bundles/llava-7b")]
+        recaption export vicuna-7b --lora llava-lora --vision-tower clip-vit-l-336 --out bundles/llava-7b\n  \
+        recaption export longclip-L.pt --tokenizer clip-vit-large-patch14 --out bundles/longclip")]
     Export(ExportArgs),
     /// Caption images with a bundle
     ///
@@ -61,7 +65,7 @@ pub enum Command {
 /// `recaption export`.
 #[derive(Args, Debug)]
 pub struct ExportArgs {
-    /// Folder of the checkpoint
+    /// Folder of the checkpoint, or a CLIP's file of weights
     pub checkpoint: PathBuf,
     /// Folder to write the bundle to; it must not exist, unless --overwrite
     ///

@@ -37,6 +37,18 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// A bundle does something else than what it was opened for.
+    #[error("bundle `{path}` is a {found} bundle; {reader} takes a {wanted} bundle")]
+    OtherBundleKind {
+        /// The bundle.
+        path: PathBuf,
+        /// Its kind.
+        found: &'static str,
+        /// Who opened it.
+        reader: &'static str,
+        /// The kind that it takes.
+        wanted: &'static str,
+    },
     /// A JSON file does not parse or a field has an unexpected type or value.
     #[error("`{path}`: {reason}")]
     InvalidConfig {
@@ -209,7 +221,8 @@ impl Error {
             }
             Self::ShapeMismatch { .. } => Some("config.json and the weights do not belong together".to_owned()),
             Self::UnexpectedTensors { .. } => Some(
-                "this may be another architecture; only LLaVA-1.5 checkpoints export, adapters with --lora".to_owned(),
+                "this may be another architecture; LLaVA-1.5 and CLIP checkpoints export, adapters with --lora"
+                    .to_owned(),
             ),
             Self::UnmatchedAdapter { .. } => {
                 Some("the adapter was trained on another model; adapter_config.json names it".to_owned())
@@ -235,6 +248,18 @@ impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
+    }
+
+    /// Fails when there are tensors that nothing asked for.
+    pub(crate) fn refuse_tensors(unused: &[&str]) -> Result<()> {
+        if unused.is_empty() {
+            return Ok(());
+        }
+        let mut names = unused.iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        if unused.len() > 4 {
+            names.push_str(", …");
+        }
+        Err(Self::UnexpectedTensors { count: unused.len(), names })
     }
 
     pub(crate) fn torch_file(error: TorchFileError) -> Self {

@@ -7,10 +7,11 @@ use std::path::Path;
 
 use prost::Message;
 
+use crate::bundle_manifest::BundleManifest;
 use crate::error::{Error, Result};
 use crate::graph::{DataType, Dim};
 use crate::lint;
-use crate::manifest::{GraphFile, Manifest, TensorSpec, read_at_most};
+use crate::manifest::{GraphFile, TensorSpec, read_at_most};
 use crate::proto::{DataLocation, Dimension, GraphProto, ModelProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
 
 /// Most bytes of an `.onnx` file that are read. The weights lie beside it: an 80-layer decoder has 1.4 MB (16 kB a layer with
@@ -41,7 +42,7 @@ impl GraphContents {
     /// # Errors
     /// [`Error::InvalidGraph`] when it does not decode, when its inputs or outputs are not the manifest's or its weights not
     /// in its data file; [`Error::ForeignOperator`]; [`Error::TooLarge`].
-    pub fn read(bundle: &Path, manifest: &Manifest, graph: &GraphFile) -> Result<Self> {
+    pub fn read(bundle: &Path, manifest: &BundleManifest, graph: &GraphFile) -> Result<Self> {
         let path = bundle.join(&graph.file);
         let bytes = read_at_most(&path, MAX_GRAPH_BYTES)?;
         let invalid = |reason: String| Error::InvalidGraph { path: path.clone(), reason };
@@ -49,7 +50,7 @@ impl GraphContents {
             .map_err(|error| invalid(format!("it is damaged or no ONNX graph: {error}")))?;
         let Some(proto) = &model.graph else { return Err(invalid("it holds no graph".to_owned())) };
         check_names(&model).map_err(invalid)?;
-        lint::check(&graph.file, &proto.node, manifest.target)?;
+        lint::check(&graph.file, &proto.node, manifest.target())?;
         check_specs("input", &graph.inputs, &proto.input).map_err(invalid)?;
         check_specs("output", &graph.outputs, &proto.output).map_err(invalid)?;
 
@@ -186,10 +187,20 @@ mod tests {
 
     struct Exported {
         folder: tempfile::TempDir,
-        manifest: Manifest,
+        manifest: BundleManifest,
     }
 
     impl Exported {
+        fn graph(&self, wanted: &str) -> &GraphFile {
+            let graphs = self.manifest.named_graphs();
+            graphs.into_iter().find(|(name, _)| *name == wanted).unwrap().1
+        }
+
+        fn num_layers(&self) -> usize {
+            let BundleManifest::Llava(manifest) = &self.manifest else { panic!("a captioner") };
+            manifest.decoder.num_layers
+        }
+
         fn new(target: Target) -> Self {
             let folder = tempfile::tempdir().unwrap();
             let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/checkpoints/published-f16");
@@ -203,7 +214,7 @@ mod tests {
         }
 
         fn read(&self) -> Result<GraphContents> {
-            GraphContents::read(&self.bundle(), &self.manifest, &self.manifest.graphs.decoder)
+            GraphContents::read(&self.bundle(), &self.manifest, self.graph("decoder"))
         }
 
         /// What is said of the decoder after `edit`.
@@ -238,7 +249,7 @@ mod tests {
                 assert!(sum <= contents.data_bytes + contents.onnx_bytes, "{name}");
             }
             let decoder = exported.read().unwrap();
-            let num_layers = exported.manifest.decoder.num_layers;
+            let num_layers = exported.num_layers();
             let fused = decoder.ops.get("com.microsoft.GroupQueryAttention").copied().unwrap_or_default();
             assert_eq!(fused, if target == Target::Ort { num_layers } else { 0 });
         }
@@ -312,7 +323,7 @@ mod tests {
         let exported = Exported::new(Target::Ort);
         let path = exported.bundle().join("projector.onnx");
         let original = std::fs::read(&path).unwrap();
-        let read = || GraphContents::read(&exported.bundle(), &exported.manifest, &exported.manifest.graphs.projector);
+        let read = || GraphContents::read(&exported.bundle(), &exported.manifest, exported.graph("projector"));
         for length in 0..original.len() {
             std::fs::write(&path, &original[..length]).unwrap();
             // Cut off before its last field, the version of `com.microsoft`, a file may still be whole.

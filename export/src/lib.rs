@@ -1,18 +1,21 @@
-//! Writes LLaVA checkpoints as ONNX bundles, straight from the weights.
+//! Writes LLaVA and CLIP checkpoints as ONNX bundles, straight from the weights.
 //!
-//! [`export`] reads top to bottom as the steps: open the checkpoint, check its configuration, describe three graphs
+//! `export_llava` reads top to bottom as the steps: open the checkpoint, check its configuration, describe three graphs
 //! (vision tower, projector, decoder), stream their weights to disk, write the manifest. Nothing is traced and no
-//! tensor is held whole, so memory does not grow with the model.
+//! tensor is held whole, so memory does not grow with the model. A CLIP, for scores, takes the same steps in `clip`.
 
 mod activation;
 mod attention;
 mod blocks;
+mod bundle_manifest;
 mod calibrate;
 mod channels;
 mod checkpoint;
+mod clip;
 mod config;
 mod data_file;
 mod decoder;
+mod encoder;
 mod error;
 pub mod flops;
 mod graph;
@@ -38,8 +41,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use sha2::{Digest, Sha256};
-
+pub use crate::bundle_manifest::{BundleHeader, BundleManifest};
+pub use crate::clip::{ClipGraphs, ClipManifest, EosRule, ImageDims, TextDims};
 pub use crate::decoder::{IMAGE_INDEX_PADDING, IMAGE_INDEX_TEXT};
 pub use crate::error::{Error, Result};
 pub use crate::graph::{DataType, Dim, hex};
@@ -55,9 +58,10 @@ pub use crate::calibrate::Calibration;
 use crate::calibrate::Windows;
 use crate::channels::DecoderChannels;
 use crate::checkpoint::Checkpoint;
+use crate::clip::ClipCheckpoint;
 use crate::config::{DecoderConfig, LlavaConfig};
 use crate::graph::write_hashed;
-use crate::precision::{LinearFormat, PrecisionOptions};
+use crate::precision::{GraphFormat, LinearFormat, PrecisionOptions};
 use crate::tokenizer_files::TokenizerFiles;
 
 /// Name of the bundle within the staging folder.
@@ -111,23 +115,42 @@ impl Default for ExportOptions {
     }
 }
 
-/// Exports the checkpoint in `checkpoint_folder` to a bundle at `bundle_folder`.
+impl ExportOptions {
+    /// Precision of vision tower and projector, or of a CLIP's image tower.
+    fn vision_precision(&self) -> Precision {
+        self.vision_precision.unwrap_or(self.precision.default_for_vision())
+    }
+
+    /// Formats of what reads images and of what reads tokens.
+    fn formats(&self) -> Result<(GraphFormat, GraphFormat)> {
+        PrecisionOptions {
+            target: self.target,
+            decoder: self.precision,
+            vision: self.vision_precision(),
+            activations: self.activations,
+            rounding: self.rounding,
+            reduce_range: self.reduce_range,
+        }
+        .resolve()
+    }
+}
+
+/// Exports the LLaVA or CLIP at `checkpoint` to a bundle at `bundle_folder`. A checkpoint is a folder, or the file of a
+/// CLIP's weights under OpenAI's names.
 ///
 /// The bundle is written under a temporary name beside `bundle_folder` and renamed when it is whole.
 ///
 /// # Errors
 /// Everything unsupported or missing is reported before the first file is written; see [`Error`].
-pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOptions) -> Result<Manifest> {
-    let vision_precision = options.vision_precision.unwrap_or(options.precision.default_for_vision());
-    let (vision_format, decoder_format) = PrecisionOptions {
-        target: options.target,
-        decoder: options.precision,
-        vision: vision_precision,
-        activations: options.activations,
-        rounding: options.rounding,
-        reduce_range: options.reduce_range,
+pub fn export(checkpoint: &Path, bundle_folder: &Path, options: &ExportOptions) -> Result<BundleManifest> {
+    match ClipCheckpoint::find(checkpoint)? {
+        Some(clip) => clip::export(&clip, bundle_folder, options),
+        None => export_llava(checkpoint, bundle_folder, options),
     }
-    .resolve()?;
+}
+
+fn export_llava(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOptions) -> Result<BundleManifest> {
+    let (vision_format, decoder_format) = options.formats()?;
     let output = OutputFolder::check(bundle_folder, options.overwrite)?;
     let checkpoint = Checkpoint::open(checkpoint_folder, options.vision_tower.as_deref(), options.lora.as_deref())?;
     let config = LlavaConfig::read(&checkpoint)?;
@@ -139,9 +162,7 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
     let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &channels)?;
     checkpoint.refuse_unused(config.vision.num_layers()..config.vision.num_stored_layers)?;
 
-    let staging = output.stage()?;
-    let staged = staging.path().join(BUNDLE);
-    std::fs::create_dir(&staged).map_err(Error::io("create", &staged))?;
+    let (staging, staged) = output.stage()?;
     let mut files = vec![write_hashed(&staged, "tokenizer.json", &text.tokenizer)?];
     let mut saturated_weights = Vec::new();
     let mut write = |graph: graph::GraphBuilder<'_>| {
@@ -151,7 +172,7 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
         Ok(written.graph)
     };
     let graphs = Graphs { vision_tower: write(vision_tower)?, projector: write(projector)?, decoder: write(decoder)? };
-    let mut manifest = Manifest {
+    let manifest = Manifest {
         format_version: manifest::FORMAT_VERSION,
         kind: BundleKind::Llava,
         producer: concat!("recaption ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -161,7 +182,7 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
             fingerprint: checkpoint.fingerprint(),
         },
         precision: options.precision,
-        vision_precision,
+        vision_precision: options.vision_precision(),
         activations: decoder_format.float,
         reduce_range: options.reduce_range,
         target: options.target,
@@ -185,14 +206,7 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
             max_position_embeddings: config.decoder.num_positions(),
         },
         preprocessing,
-        pixel_values: match vision_format.linear {
-            LinearFormat::Int8 { .. } => {
-                PixelValues { dtype: DataType::U8, layout: PixelLayout::Patches { zero_point: PATCH_ZERO_POINT } }
-            }
-            LinearFormat::Float | LinearFormat::Blocks(_) => {
-                PixelValues { dtype: DataType::F32, layout: PixelLayout::Nchw }
-            }
-        },
+        pixel_values: PixelValues::of_format(vision_format),
         prompt: text.prompt,
         stop_token_ids: text.stop_token_ids,
         graphs,
@@ -200,9 +214,7 @@ pub fn export(checkpoint_folder: &Path, bundle_folder: &Path, options: &ExportOp
         saturated_weights,
         fingerprint: String::new(),
     };
-    manifest.fingerprint = fingerprint(&manifest);
-    let json = serde_json::to_vec_pretty(&manifest).expect("bug: the manifest serialises");
-    write_hashed(&staged, manifest::FILE_NAME, &json)?;
+    let manifest = BundleManifest::Llava(Box::new(manifest)).write(&staged)?;
     output.commit(staging)?;
     Ok(manifest)
 }
@@ -233,13 +245,7 @@ fn decoder_channels(
     Ok(DecoderChannels::of_stats(&stats, format))
 }
 
-/// Over everything that decides a caption: the files by their hashes, and the settings beside them; not the folder's name.
-fn fingerprint(manifest: &Manifest) -> String {
-    let mut identity = manifest.clone();
-    identity.source.name.clear();
-    hex(&Sha256::digest(serde_json::to_vec(&identity).expect("bug: the manifest serialises")))
-}
-
+/// The last part of a path, links followed.
 fn folder_name(folder: &Path) -> String {
     let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
     folder.file_name().map_or_else(|| "checkpoint".to_owned(), |name| name.to_string_lossy().into_owned())
@@ -270,8 +276,9 @@ impl OutputFolder {
             return refuse("it is a mount point, which cannot be replaced; name a folder inside of it");
         }
         // Only what export has written is ever deleted: the manifest and the files that it names.
-        let is_bundle = Manifest::read(folder).is_ok_and(|manifest| {
-            names.iter().all(|name| name == manifest::FILE_NAME || manifest.files.iter().any(|file| file.path == *name))
+        let is_bundle = BundleManifest::read(folder).is_ok_and(|manifest| {
+            let files = manifest.files().iter().map(|file| file.path.as_str());
+            names.iter().all(|name| name == manifest::FILE_NAME || files.clone().any(|file| file == name))
         });
         match (names.is_empty(), is_bundle, overwrite) {
             (true, ..) | (_, true, true) => Ok(Self { folder: folder.to_owned(), replaces: true }),
@@ -284,14 +291,17 @@ impl OutputFolder {
         self.folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 
-    /// A temporary folder beside the final one, removed again unless committed.
-    fn stage(&self) -> Result<tempfile::TempDir> {
+    /// A temporary folder beside the final one, removed again unless committed, and in it the folder of the bundle.
+    fn stage(&self) -> Result<(tempfile::TempDir, PathBuf)> {
         let parent = self.parent();
         std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        tempfile::Builder::new()
+        let staging = tempfile::Builder::new()
             .prefix(".recaption-export-")
             .tempdir_in(parent)
-            .map_err(Error::io("create a folder in", parent))
+            .map_err(Error::io("create a folder in", parent))?;
+        let bundle = staging.path().join(BUNDLE);
+        std::fs::create_dir(&bundle).map_err(Error::io("create", &bundle))?;
+        Ok((staging, bundle))
     }
 
     /// Puts the staged bundle into its place. The old one is moved aside first and deleted last, so that at every moment

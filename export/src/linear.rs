@@ -137,6 +137,11 @@ impl<'c> Linear<'c> {
         Ok(Self { name: format!("/{name}"), weight: parts(weight, &[in_features]), bias })
     }
 
+    /// A layer made of a stored weight `[out_features, in_features]` and bias `[out_features]`; `name` as in the checkpoint.
+    pub(crate) fn of_tensors(name: &str, weight: StoredTensor<'c>, bias: StoredTensor<'c>) -> Self {
+        Self { name: format!("/{name}"), weight: Weight::stored(weight), bias: Some(Weight::stored(bias)) }
+    }
+
     /// A layer without a bias, made of a weight `[out_features, in_features]`; `name` as in the checkpoint.
     pub(crate) fn of_weight(name: &str, weight: Weight<'c>) -> Self {
         Self { name: format!("/{name}"), weight, bias: None }
@@ -237,6 +242,20 @@ impl Product {
         }
         value
     }
+}
+
+/// `x W`, or with `is_transposed` `x W^T`, in the graph's float type whatever its format: for matrices too small to be worth
+/// quantising, which some checkpoints store as `[in, out]`.
+pub(crate) fn float_matmul<'c>(
+    graph: &mut GraphBuilder<'c>,
+    name: &str,
+    x: &Value,
+    weight: StoredTensor<'c>,
+    is_transposed: bool,
+) -> Value {
+    let weight = graph.weight(&format!("{name}.weight"), weight);
+    let attributes = vec![("transB", Attribute::Int(i64::from(is_transposed)))];
+    graph.node("Gemm", &format!("/{name}/Gemm"), &[x, &weight], attributes)
 }
 
 fn float_bias<'c>(graph: &mut GraphBuilder<'c>, name: &str, bias: Weight<'c>) -> Value {

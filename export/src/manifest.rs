@@ -9,10 +9,13 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::bundle_manifest::BundleManifest;
 use crate::config::MAX_DIMENSION;
 use crate::error::{Error, Result};
 use crate::graph::{DataType, Dim, hex};
+use crate::precision::{GraphFormat, LinearFormat};
 use crate::processor_config::Preprocessing;
+use crate::vision_tower::PATCH_ZERO_POINT;
 use crate::weight::Weight;
 
 /// Version of the manifest's layout; raised when a reader of the old one would go wrong.
@@ -20,9 +23,9 @@ pub const FORMAT_VERSION: u32 = 3;
 /// The manifest's file name.
 pub const FILE_NAME: &str = "manifest.json";
 /// Most bytes of a manifest; that of an 80-layer decoder has 0.1 MB.
-const MAX_BYTES: u64 = 16 << 20;
+pub(crate) const MAX_BYTES: u64 = 16 << 20;
 
-/// The contents of `manifest.json`.
+/// The contents of `manifest.json` in a captioner's bundle.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`FORMAT_VERSION`] of the writer.
@@ -73,6 +76,8 @@ pub struct Manifest {
 pub enum BundleKind {
     /// Captions images: vision tower, projector, decoder.
     Llava,
+    /// Scores images against texts: image tower, text tower.
+    Clip,
 }
 
 impl BundleKind {
@@ -81,6 +86,7 @@ impl BundleKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Llava => "llava",
+            Self::Clip => "clip",
         }
     }
 }
@@ -225,6 +231,18 @@ pub struct PixelValues {
     pub layout: PixelLayout,
 }
 
+impl PixelValues {
+    /// What a vision tower of `format` takes.
+    pub(crate) fn of_format(format: GraphFormat) -> Self {
+        match format.linear {
+            LinearFormat::Int8 { .. } => {
+                Self { dtype: DataType::U8, layout: PixelLayout::Patches { zero_point: PATCH_ZERO_POINT } }
+            }
+            LinearFormat::Float | LinearFormat::Blocks(_) => Self { dtype: DataType::F32, layout: PixelLayout::Nchw },
+        }
+    }
+}
+
 /// Order of the axes of `pixel_values`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -354,26 +372,17 @@ impl Manifest {
     /// Reads `BUNDLE/manifest.json`.
     ///
     /// # Errors
-    /// When it is not there, does not parse, or is of another format version.
+    /// When it is not there, does not parse, is of another format version, or that of another kind of bundle.
     pub fn read(bundle: &Path) -> Result<Self> {
-        let path = bundle.join(FILE_NAME);
-        std::fs::metadata(bundle).map_err(Error::io("open bundle", bundle))?;
-        if !path.is_file() {
-            return Err(Error::NotABundle { path: bundle.to_owned() });
+        match BundleManifest::read(bundle)? {
+            BundleManifest::Llava(manifest) => Ok(*manifest),
+            BundleManifest::Clip(_) => Err(Error::OtherBundleKind {
+                path: bundle.to_owned(),
+                found: BundleKind::Clip.name(),
+                reader: "`recaption run`",
+                wanted: BundleKind::Llava.name(),
+            }),
         }
-        let text = read_at_most(&path, MAX_BYTES)?;
-        let invalid = |reason: String| Error::InvalidConfig { path: path.clone(), reason };
-        let json: serde_json::Value = serde_json::from_slice(&text).map_err(|reason| invalid(reason.to_string()))?;
-        let version = json.get("format_version").and_then(serde_json::Value::as_u64);
-        if version != Some(u64::from(FORMAT_VERSION)) {
-            let found = version.map_or("none".to_owned(), |version| version.to_string());
-            return Err(invalid(format!(
-                "expected format_version {FORMAT_VERSION}, got {found}; export the checkpoint again"
-            )));
-        }
-        let manifest: Self = serde_json::from_value(json).map_err(|reason| invalid(reason.to_string()))?;
-        manifest.check_dims().and_then(|()| manifest.check_file_names()).map_err(invalid)?;
-        Ok(manifest)
     }
 
     /// The graphs with their names, in the order they run.
@@ -383,30 +392,8 @@ impl Manifest {
         vec![("vision_tower", vision_tower), ("projector", projector), ("decoder", decoder)]
     }
 
-    /// The entry of the file `name`.
-    #[must_use]
-    pub fn file(&self, name: &str) -> Option<&BundleFile> {
-        self.files.iter().find(|file| file.path == name)
-    }
-
-    /// Whoever reads a manifest opens the files that it names: they are the bundle's own.
-    fn check_file_names(&self) -> Result<(), String> {
-        let graphs = self.named_graphs();
-        let names = self.files.iter().map(|file| &file.path).chain(graphs.iter().map(|(_, graph)| &graph.file));
-        for name in names {
-            let is_plain = !name.contains(['/', '\\', ':']) && !name.chars().any(char::is_control);
-            if !is_plain || ["", ".", "..", FILE_NAME].contains(&name.as_str()) {
-                return Err(format!("file name {name:?}: expected the plain name of a file in the bundle"));
-            }
-        }
-        match graphs.iter().find(|(_, graph)| self.file(&graph.file).is_none()) {
-            Some((name, graph)) => Err(format!("`graphs.{name}`: `{}` is not among `files`", graph.file)),
-            None => Ok(()),
-        }
-    }
-
     /// Refuses numbers that no model has, so that sizes made from them need no further care.
-    fn check_dims(&self) -> Result<(), String> {
+    pub(crate) fn check_dims(&self) -> Result<(), String> {
         let (vision, decoder) = (&self.vision, &self.decoder);
         let dims = [
             ("vision.image_size", vision.image_size),

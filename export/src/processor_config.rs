@@ -230,7 +230,7 @@ pub(crate) fn read(checkpoint: &Checkpoint, image_size: usize) -> Result<Preproc
 
 /// The image processor's settings in `folder`, in transformers' order: those inside of `processor_config.json`, else
 /// `preprocessor_config.json`.
-fn processor_of(folder: &Path) -> Result<Option<(PathBuf, Value)>> {
+pub(crate) fn processor_of(folder: &Path) -> Result<Option<(PathBuf, Value)>> {
     let path = folder.join("processor_config.json");
     if let Some(settings) = read_json(&path)?.as_mut().and_then(|json| json.get_mut("image_processor")) {
         return Ok(Some((path, settings.take())));

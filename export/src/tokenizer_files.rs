@@ -24,25 +24,7 @@ pub(crate) struct TokenizerFiles {
 impl TokenizerFiles {
     /// Reads them; `tokenizer` (a file or a folder) takes the place of the checkpoint's own `tokenizer.json`.
     pub(crate) fn read(checkpoint: &Checkpoint, config: &LlavaConfig, tokenizer: Option<&Path>) -> Result<Self> {
-        let tokenizer_path = match tokenizer {
-            Some(path) if path.is_dir() => path.join("tokenizer.json"),
-            Some(path) => path.to_owned(),
-            None => checkpoint.folder.join("tokenizer.json"),
-        };
-        if tokenizer.is_none() && !tokenizer_path.is_file() {
-            return Err(Error::MissingFile {
-                checkpoint: checkpoint.folder.clone(),
-                what: "tokenizer.json",
-                hint: "give one with --tokenizer FILE_OR_DIR",
-            });
-        }
-        let bytes = std::fs::read(&tokenizer_path).map_err(Error::io("read", &tokenizer_path))?;
-        let json: Value = serde_json::from_slice(&bytes)
-            .map_err(|reason| Error::InvalidConfig { path: tokenizer_path.clone(), reason: reason.to_string() })?;
-        if json.get("model").and_then(|model| model.get("vocab")).is_none() {
-            let reason = "it has no `model.vocab`: not a tokenizer.json of the tokenizers library".to_owned();
-            return Err(Error::InvalidConfig { path: tokenizer_path, reason });
-        }
+        let (bytes, json) = read_tokenizer(&checkpoint.folder, tokenizer)?;
         let added = AddedTokens::new(&json);
 
         let settings = match tokenizer.and_then(|tokenizer| beside(tokenizer, "tokenizer_config.json")) {
@@ -64,6 +46,29 @@ impl TokenizerFiles {
         };
         Ok(Self { tokenizer: bytes, prompt, stop_token_ids: stop_token_ids(checkpoint, config, &added)? })
     }
+}
+
+/// `tokenizer.json` as its bytes and parsed: `tokenizer` (a file or a folder), else the one in the folder `checkpoint`.
+pub(crate) fn read_tokenizer(checkpoint: &Path, tokenizer: Option<&Path>) -> Result<(Vec<u8>, Value)> {
+    let path = match tokenizer {
+        Some(path) if path.is_dir() => path.join("tokenizer.json"),
+        Some(path) => path.to_owned(),
+        None => checkpoint.join("tokenizer.json"),
+    };
+    if tokenizer.is_none() && !path.is_file() {
+        return Err(Error::MissingFile {
+            checkpoint: checkpoint.to_owned(),
+            what: "tokenizer.json",
+            hint: "give one with --tokenizer FILE_OR_DIR",
+        });
+    }
+    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let invalid = |reason: String| Error::InvalidConfig { path: path.clone(), reason };
+    let json: Value = serde_json::from_slice(&bytes).map_err(|reason| invalid(reason.to_string()))?;
+    if json.get("model").and_then(|model| model.get("vocab")).is_none() {
+        return Err(invalid("it has no `model.vocab`: not a tokenizer.json of the tokenizers library".to_owned()));
+    }
+    Ok((bytes, json))
 }
 
 /// The file `name` beside a tokenizer given by hand.

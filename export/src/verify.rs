@@ -8,9 +8,10 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use crate::bundle_manifest::BundleManifest;
 use crate::error::{Error, Result};
 use crate::graph::hex;
-use crate::manifest::{BundleFile, FILE_NAME, Manifest, read_fingerprint};
+use crate::manifest::{BundleFile, FILE_NAME, read_fingerprint};
 
 const BLOCK_BYTES: usize = 1 << 20;
 
@@ -58,13 +59,13 @@ impl fmt::Display for FileDifference {
 ///
 /// # Errors
 /// [`Error::DifferentFiles`] naming every file that differs, is missing or is extra; or the disk's.
-pub fn verify(bundle: &Path, manifest: &Manifest, progress: &mut dyn FnMut(u64)) -> Result<()> {
+pub fn verify(bundle: &Path, manifest: &BundleManifest, progress: &mut dyn FnMut(u64)) -> Result<()> {
     let mut differences = Vec::new();
     let mut note = |path: &str, difference| differences.push(FileDifference { path: path.to_owned(), difference });
-    if read_fingerprint(bundle)? != manifest.fingerprint {
+    if read_fingerprint(bundle)? != manifest.fingerprint() {
         note(FILE_NAME, Difference::Contents);
     }
-    for file in &manifest.files {
+    for file in manifest.files() {
         if let Some(difference) = difference(bundle, file, progress)? {
             note(&file.path, difference);
         }
@@ -124,7 +125,7 @@ mod tests {
     }
 
     fn differences(bundle: &Path) -> Vec<(String, Difference)> {
-        match verify(bundle, &Manifest::read(bundle).unwrap(), &mut |_| ()) {
+        match verify(bundle, &BundleManifest::read(bundle).unwrap(), &mut |_| ()) {
             Ok(()) => Vec::new(),
             Err(Error::DifferentFiles { differences, .. }) => {
                 differences.into_iter().map(|file| (file.path, file.difference)).collect()
@@ -136,7 +137,7 @@ mod tests {
     #[test]
     fn every_file_that_differs_is_named() {
         let (_folder, bundle) = exported();
-        let manifest = Manifest::read(&bundle).unwrap();
+        let manifest = BundleManifest::read(&bundle).unwrap();
         let mut num_bytes = 0;
         verify(&bundle, &manifest, &mut |bytes| num_bytes += bytes).unwrap();
         assert_eq!(num_bytes, manifest.files.iter().map(|file| file.size).sum::<u64>());
@@ -188,7 +189,7 @@ mod tests {
             let edited = text.replacen(from, to, 1);
             assert!(edited != text, "no {from}");
             std::fs::write(&path, edited).unwrap();
-            Manifest::read(&bundle).expect_err(to).to_string()
+            BundleManifest::read(&bundle).expect_err(to).to_string()
         };
         for name in ["../decoder.onnx", "/etc/passwd", "a\\\\b", "C:b", "..", "", "manifest.json", "\\u001b[2J"] {
             for key in ["path", "file"] {
@@ -203,6 +204,6 @@ mod tests {
         let message = refusal("\"patch_size\": 7", "\"patch_size\": 0");
         assert!(message.contains("`vision.patch_size`: expected 1 to 16777216, got 0"), "{message}");
         std::fs::write(&path, vec![b' '; (16 << 20) + 1]).unwrap();
-        assert!(matches!(Manifest::read(&bundle), Err(Error::TooLarge { .. })));
+        assert!(matches!(BundleManifest::read(&bundle), Err(Error::TooLarge { .. })));
     }
 }

@@ -9,16 +9,15 @@ use std::rc::Rc;
 
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::VisionConfig;
+use crate::encoder::{Encoder, TowerTensors};
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, Value};
-use crate::linear::{Linear, LinearInput, q_gemm};
+use crate::linear::q_gemm;
 use crate::manifest::Target;
-use crate::norm::layer_norm;
 use crate::precision::{GraphFormat, LinearFormat};
 use crate::processor_config::Preprocessing;
+use crate::tensor::StoredTensor;
 use crate::weight::Weight;
-
-const PART: Part = Part::VisionTower;
 
 /// The sample that counts as zero in u8 patches: near the mean, so that the integers' rounding weighs least.
 pub const PATCH_ZERO_POINT: u8 = 120;
@@ -37,30 +36,57 @@ pub(crate) fn build<'c>(
     preprocessing: &Preprocessing,
     format: GraphFormat,
 ) -> Result<GraphBuilder<'c>> {
-    let mut graph = GraphBuilder::new("vision_tower", format);
-    graph.dim_range("batch", BATCH_RANGE);
-    let mut tower = Tower { graph, checkpoint, config };
-    let mut hidden = match format.linear {
-        LinearFormat::Int8 { max_weight } => tower.patch_embeddings(preprocessing, max_weight)?,
-        LinearFormat::Float | LinearFormat::Blocks(_) => tower.embeddings()?,
-    };
+    let tensors = LlavaTower(checkpoint);
+    let mut tower = Tower::new("vision_tower", &tensors, config, format);
+    let mut hidden = tower.embed(preprocessing)?;
     let mut states = vec![hidden.clone()];
     for layer in 0..config.num_layers() {
-        hidden = tower.encoder_layer(layer, &hidden)?;
+        hidden = tower.encoder.layer(layer, &hidden)?;
         states.push(hidden.clone());
     }
     let selected: Vec<Value> = config.feature_layers.iter().map(|&layer| states[layer].clone()).collect();
     tower.select(&selected);
-    Ok(tower.graph)
+    Ok(tower.encoder.graph)
 }
 
-struct Tower<'c, 'v> {
-    graph: GraphBuilder<'c>,
-    checkpoint: &'c Checkpoint,
+/// The tower inside of a LLaVA.
+struct LlavaTower<'c>(&'c Checkpoint);
+
+impl<'c> TowerTensors<'c> for LlavaTower<'c> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'c>> {
+        self.0.tensor(Part::VisionTower, name, shape)
+    }
+}
+
+/// A vision tower's graph while it is built.
+pub(crate) struct Tower<'c, 'v> {
+    pub(crate) encoder: Encoder<'c, 'v>,
     config: &'v VisionConfig,
 }
 
-impl<'c> Tower<'c, '_> {
+impl<'c, 'v> Tower<'c, 'v> {
+    pub(crate) fn new(
+        name: &'static str,
+        tensors: &'v dyn TowerTensors<'c>,
+        config: &'v VisionConfig,
+        format: GraphFormat,
+    ) -> Self {
+        let mut graph = GraphBuilder::new(name, format);
+        graph.dim_range("batch", BATCH_RANGE);
+        let num_tokens = config.num_patches() as i64 + 1;
+        let encoder = config.encoder();
+        let heads_shape = graph.shape(&[-1, num_tokens, encoder.num_heads as i64, encoder.head_dim() as i64]);
+        Self { encoder: Encoder { graph, tensors, config: encoder, heads_shape, mask: None }, config }
+    }
+
+    /// `pixel_values` to the first layer's input, `[batch * tokens, hidden]`.
+    pub(crate) fn embed(&mut self, preprocessing: &Preprocessing) -> Result<Value> {
+        match self.encoder.graph.format().linear {
+            LinearFormat::Int8 { max_weight } => self.patch_embeddings(preprocessing, max_weight),
+            LinearFormat::Float | LinearFormat::Blocks(_) => self.embeddings(),
+        }
+    }
+
     /// Pixels to the encoder's input, `[batch * tokens, hidden]`.
     ///
     /// ```text
@@ -70,22 +96,28 @@ impl<'c> Tower<'c, '_> {
     fn embeddings(&mut self) -> Result<Value> {
         let VisionConfig { hidden_size, image_size, patch_size, .. } = *self.config;
         let num_tokens = self.config.num_patches() + 1;
-        let graph = &mut self.graph;
+        let graph = &mut self.encoder.graph;
         let float = graph.format().float;
         let side = Dim::from(image_size);
         let pixels = graph.input("pixel_values", DataType::F32, vec!["batch".into(), 3.into(), side.clone(), side]);
 
         let name = "embeddings.patch_embedding.weight";
-        let kernel = self.checkpoint.tensor(PART, name, &[hidden_size, 3, patch_size, patch_size])?;
-        let kernel = graph.weight(name, kernel);
+        let kernel = self.encoder.tensors.tensor(name, &[hidden_size, 3, patch_size, patch_size])?;
+        // Conv takes bf16 from opset 22 on.
+        let conv_float = match graph.format().target {
+            Target::TensorRt if float == DataType::BF16 => DataType::F32,
+            Target::TensorRt | Target::Ort => float,
+        };
+        let kernel = graph.float_weight(name, Weight::stored(kernel), conv_float);
         let patch = patch_size as i64;
-        let samples = graph.cast("/embeddings/pixel_values", &pixels, DataType::F32, float);
+        let samples = graph.cast("/embeddings/pixel_values", &pixels, DataType::F32, conv_float);
         let patches = graph.node(
             "Conv",
             "/embeddings/patch_embedding/Conv",
             &[&samples, &kernel],
             vec![("kernel_shape", Attribute::Ints(vec![patch; 2])), ("strides", Attribute::Ints(vec![patch; 2]))],
         );
+        let patches = graph.cast("/embeddings/patches", &patches, conv_float, float);
         let flat = graph.shape(&[0, hidden_size as i64, self.config.num_patches() as i64]);
         let patches = graph.node("Reshape", "/embeddings/Reshape", &[&patches, &flat], vec![]); // [B, C, N]
         let patches = graph.node(
@@ -94,7 +126,7 @@ impl<'c> Tower<'c, '_> {
             &[&patches],
             vec![("perm", Attribute::Ints(vec![0, 2, 1]))],
         );
-        let class = self.checkpoint.tensor(PART, "embeddings.class_embedding", &[hidden_size])?.read_f32()?;
+        let class = self.encoder.tensors.tensor("embeddings.class_embedding", &[hidden_size])?.read_f32()?;
         let class = graph.weight_values("embeddings.class_embedding", &[1, 1, hidden_size], &class);
         let bounds = vec![("start", Attribute::Int(0)), ("end", Attribute::Int(1))];
         let batch = graph.node("Shape", "/embeddings/Shape", &[&pixels], bounds);
@@ -106,13 +138,13 @@ impl<'c> Tower<'c, '_> {
         let tokens = graph.node("Concat", "/embeddings/Concat_1", &[&class, &patches], token_axis); // [B, 1 + N, C]
 
         let name = "embeddings.position_embedding.weight";
-        let positions = self.checkpoint.tensor(PART, name, &[num_tokens, hidden_size])?;
+        let positions = self.encoder.tensors.tensor(name, &[num_tokens, hidden_size])?;
         let positions = graph.weight(name, positions);
         let embedded = graph.node("Add", "/embeddings/Add", &[&tokens, &positions], vec![]);
         let rows = graph.shape(&[-1, hidden_size as i64]);
         let embedded = graph.node("Reshape", "/embeddings/Reshape_1", &[&embedded, &rows], vec![]);
         // The misspelling is the checkpoint's.
-        self.layer_norm("pre_layrnorm", &embedded)
+        self.encoder.layer_norm("pre_layrnorm", &embedded)
     }
 
     /// u8 patches to the encoder's input. With `v` the samples, `z` the zero point, `a v + b` the normalisation of a channel
@@ -134,22 +166,22 @@ impl<'c> Tower<'c, '_> {
         let offsets = channels(&|channel| (rescale_factor * zero - image_mean[channel]) / image_std[channel]);
 
         let name = "embeddings.patch_embedding.weight";
-        let kernel = self.checkpoint.tensor(PART, name, &[hidden_size, 3, patch_size, patch_size])?;
+        let kernel = self.encoder.tensors.tensor(name, &[hidden_size, 3, patch_size, patch_size])?;
         let kernel = Weight::stored(kernel).flat();
         let values = kernel.read_f32()?;
         let rows = values.chunks_exact(offsets.len());
         let constant: Vec<f32> =
             rows.map(|row| row.iter().zip(&offsets).map(|(weight, offset)| weight * offset).sum()).collect();
-        let class = self.checkpoint.tensor(PART, "embeddings.class_embedding", &[hidden_size])?.read_f32()?;
+        let class = self.encoder.tensors.tensor("embeddings.class_embedding", &[hidden_size])?.read_f32()?;
         let positions_name = "embeddings.position_embedding.weight";
-        let positions = self.checkpoint.tensor(PART, positions_name, &[num_tokens, hidden_size])?;
+        let positions = self.encoder.tensors.tensor(positions_name, &[num_tokens, hidden_size])?;
         let mut positions = positions.read_f32()?;
         for (token, row) in positions.chunks_exact_mut(hidden_size).enumerate() {
             let added = if token == 0 { &class } else { &constant };
             row.iter_mut().zip(added).for_each(|(position, added)| *position += added);
         }
 
-        let graph = &mut self.graph;
+        let graph = &mut self.encoder.graph;
         let patch_size = 3 * patch_area;
         let shape = vec!["batch".into(), num_tokens.into(), patch_size.into()];
         let pixels = graph.input("pixel_values", DataType::U8, shape);
@@ -165,63 +197,14 @@ impl<'c> Tower<'c, '_> {
         let embedded = graph.node("Add", "/embeddings/Add", &[&embedded, &positions], vec![]);
         let rows = graph.shape(&[-1, hidden_size as i64]);
         let embedded = graph.node("Reshape", "/embeddings/Reshape_2", &[&embedded, &rows], vec![]);
-        self.layer_norm("pre_layrnorm", &embedded)
-    }
-
-    /// ```text
-    /// x -> LN -> q, k, v -> softmax(q k^T / sqrt(d)) v -> out_proj -> + -> LN -> fc1 -> act -> fc2 -> + -> y
-    ///  \_______________________________________________________________/ \____________________________/
-    /// ```
-    fn encoder_layer(&mut self, layer: usize, x: &Value) -> Result<Value> {
-        let VisionConfig { hidden_size, intermediate_size, activation, .. } = *self.config;
-        let prefix = format!("encoder.layers.{layer}");
-        let normed = self.layer_norm(&format!("{prefix}.layer_norm1"), x)?;
-        let attended = self.attention(&format!("{prefix}.self_attn"), &normed)?;
-        let x = self.graph.node("Add", &format!("/{prefix}/Add"), &[x, &attended], vec![]);
-
-        let normed = self.layer_norm(&format!("{prefix}.layer_norm2"), &x)?;
-        let normed = self.input(&format!("{prefix}.mlp.fc1"), &normed);
-        let widened = self.linear(&format!("{prefix}.mlp.fc1"), (hidden_size, intermediate_size), &normed)?;
-        let activated = activation.build(&mut self.graph, &format!("/{prefix}/mlp"), &widened);
-        let activated = self.input(&format!("{prefix}.mlp.fc2"), &activated);
-        let narrowed = self.linear(&format!("{prefix}.mlp.fc2"), (intermediate_size, hidden_size), &activated)?;
-        Ok(self.graph.node("Add", &format!("/{prefix}/Add_1"), &[&x, &narrowed], vec![]))
-    }
-
-    fn attention(&mut self, prefix: &str, x: &Value) -> Result<Value> {
-        let VisionConfig { hidden_size, num_heads, .. } = *self.config;
-        let head_dim = hidden_size / num_heads;
-        let num_tokens = self.config.num_patches() + 1;
-        let mut heads = Vec::with_capacity(3);
-        let x = self.input(prefix, x);
-        for projection in ["q_proj", "k_proj", "v_proj"] {
-            let name = format!("{prefix}.{projection}");
-            let flat = self.linear(&name, (hidden_size, hidden_size), &x)?;
-            let shape = self.graph.shape(&[-1, num_tokens as i64, num_heads as i64, head_dim as i64]);
-            let split = self.graph.node("Reshape", &format!("/{name}/Reshape"), &[&flat, &shape], vec![]);
-            let perm = vec![("perm", Attribute::Ints(vec![0, 2, 1, 3]))];
-            heads.push(self.graph.node("Transpose", &format!("/{name}/Transpose"), &[&split], perm)); // [B, h, T, d]
-        }
-        let [query, key, value] = &heads[..] else { unreachable!("three projections") };
-        let graph = &mut self.graph;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let scores = scaled_products(graph, prefix, query, key, scale);
-        let weights =
-            graph.node("Softmax", &format!("/{prefix}/Softmax"), &[&scores], vec![("axis", Attribute::Int(-1))]);
-        let mixed = graph.node("MatMul", &format!("/{prefix}/MatMul"), &[&weights, value], vec![]);
-        let perm = vec![("perm", Attribute::Ints(vec![0, 2, 1, 3]))];
-        let mixed = graph.node("Transpose", &format!("/{prefix}/Transpose"), &[&mixed], perm);
-        let rows = graph.shape(&[-1, hidden_size as i64]);
-        let mixed = graph.node("Reshape", &format!("/{prefix}/Reshape"), &[&mixed, &rows], vec![]);
-        let mixed = self.input(&format!("{prefix}.out_proj"), &mixed);
-        self.linear(&format!("{prefix}.out_proj"), (hidden_size, hidden_size), &mixed)
+        self.encoder.layer_norm("pre_layrnorm", &embedded)
     }
 
     /// Concatenates the selected hidden states, drops the class token unless asked to keep it.
     fn select(&mut self, states: &[Value]) {
         let num_tokens = self.config.num_patches() + 1;
         let feature_size = self.config.feature_size();
-        let graph = &mut self.graph;
+        let graph = &mut self.encoder.graph;
         let joined = match states {
             [state] => state.clone(),
             several => {
@@ -241,38 +224,4 @@ impl<'c> Tower<'c, '_> {
         let (start, end, axis) = (graph.shape(&[1]), graph.shape(&[num_tokens as i64]), graph.shape(&[1]));
         graph.node_named("", "Slice", "/select/Slice", &[&joined, &start, &end, &axis], &[output], vec![]);
     }
-
-    fn layer_norm(&mut self, name: &str, x: &Value) -> Result<Value> {
-        let size = self.config.hidden_size;
-        let (weight_name, bias_name) = (format!("{name}.weight"), format!("{name}.bias"));
-        let weight = self.checkpoint.tensor(PART, &weight_name, &[size])?;
-        let bias = self.checkpoint.tensor(PART, &bias_name, &[size])?;
-        let weight = self.graph.weight(&weight_name, weight);
-        let bias = self.graph.weight(&bias_name, bias);
-        Ok(layer_norm(&mut self.graph, name, x, (&weight, &bias), self.config.layer_norm_eps))
-    }
-
-    fn linear(&mut self, name: &str, features: (usize, usize), x: &LinearInput) -> Result<Value> {
-        Ok(Linear::find(self.checkpoint, PART, name, features, true)?.build(&mut self.graph, x))
-    }
-
-    fn input(&mut self, name: &str, x: &Value) -> LinearInput {
-        let format = self.graph.format().linear;
-        LinearInput::new(&mut self.graph, format, &format!("/{name}"), x)
-    }
-}
-
-/// `query key^T * scale`, both `[B, heads, tokens, d]`. Without the fused operator the scale goes to the query, which is what
-/// TensorRT fuses.
-fn scaled_products(graph: &mut GraphBuilder<'_>, prefix: &str, query: &Value, key: &Value, scale: f32) -> Value {
-    if graph.format().target == Target::Ort {
-        let attributes = vec![("alpha", Attribute::Float(scale)), ("transB", Attribute::Int(1))];
-        return graph.contrib_node("FusedMatMul", &format!("/{prefix}/FusedMatMul"), &[query, key], attributes);
-    }
-    let scale = graph
-        .once("/constants/attention_scale", |graph| graph.constant_float("/constants/attention_scale", &[], &[scale]));
-    let query = graph.node("Mul", &format!("/{prefix}/Mul"), &[query, &scale], vec![]);
-    let perm = vec![("perm", Attribute::Ints(vec![0, 1, 3, 2]))];
-    let key = graph.node("Transpose", &format!("/{prefix}/Transpose_1"), &[key], perm);
-    graph.node("MatMul", &format!("/{prefix}/MatMul_1"), &[&query, &key], vec![])
 }

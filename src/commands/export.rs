@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use recaption_export::{Calibration, ExportOptions, Manifest, Precision, Rounding, Target};
+use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, Target};
 
 use crate::cli::{ActivationsArg, ExportArgs, RoundingArg, TargetArg};
 use crate::commands::Outcome;
@@ -45,10 +45,12 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         }
         exported => exported.map_err(Error::from)?,
     };
-    if manifest.stop_token_ids.is_empty() {
+    if let BundleManifest::Llava(manifest) = &manifest
+        && manifest.stop_token_ids.is_empty()
+    {
         eprintln!("warning: the checkpoint names no stop token: every caption will have --max-new-tokens tokens");
     }
-    for saturation in &manifest.saturated_weights {
+    for saturation in manifest.saturated_weights() {
         eprintln!(
             "warning: {} value(s) of `{}` do not fit fp16 (largest {:e}) and were set to its end; try --precision bf16",
             saturation.count,
@@ -85,17 +87,16 @@ fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
     }
 }
 
-fn describe(manifest: &Manifest) -> String {
+fn describe(manifest: &BundleManifest) -> String {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
-    let graphs = [&manifest.graphs.vision_tower, &manifest.graphs.projector, &manifest.graphs.decoder];
+    let files = manifest.files();
     let mut lines = Vec::new();
-    for graph in graphs {
-        let size: u64 =
-            manifest.files.iter().filter(|file| file.path.starts_with(&graph.file)).map(|file| file.size).sum();
+    for (_, graph) in manifest.named_graphs() {
+        let size: u64 = files.iter().filter(|file| file.path.starts_with(&graph.file)).map(|file| file.size).sum();
         let parameters = graph.num_parameters as f64 / 1e6;
         lines.push(format!("  {:<18} {parameters:>9.1} M parameters {:>9.1} MB", graph.file, megabytes(size)));
     }
-    let total: u64 = manifest.files.iter().map(|file| file.size).sum();
+    let total: u64 = files.iter().map(|file| file.size).sum();
     lines.push(format!("  {:<18} {:>35.1} MB", "all files", megabytes(total)));
     lines.join("\n")
 }

@@ -8,12 +8,12 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use recaption_export::{Manifest, verify};
+use recaption_export::{BundleManifest, verify};
 
 use crate::cli::InspectArgs;
 use crate::commands::Outcome;
 use crate::error::Error;
-use crate::model::Bundle;
+use crate::model::bundle::check_files;
 use report::{CaptionLength, Report};
 
 /// Time between two lines of progress; what takes less long has none.
@@ -23,9 +23,10 @@ pub(super) fn execute(args: &InspectArgs) -> anyhow::Result<Outcome> {
     if args.verify {
         verify_files(&args.bundle)?;
     }
-    let bundle = Bundle::open(&args.bundle)?;
+    let manifest = BundleManifest::read(&args.bundle).map_err(Error::from)?;
+    check_files(&args.bundle, manifest.files())?;
     let length = CaptionLength { prompt_tokens: args.prompt_tokens as usize, new_tokens: args.new_tokens as usize };
-    let report = Report::of(&bundle, length, args.verify)?;
+    let report = Report::of(&args.bundle, &manifest, length, args.verify)?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&report)? + "\n",
         false => table::render(&report),
@@ -39,8 +40,8 @@ pub(super) fn execute(args: &InspectArgs) -> anyhow::Result<Outcome> {
 /// # Errors
 /// When a file is not as it was exported; says on standard error how far it is.
 fn verify_files(folder: &Path) -> Result<(), Error> {
-    let manifest = Manifest::read(folder)?;
-    let total: u64 = manifest.files.iter().map(|file| file.size).fold(0, u64::saturating_add);
+    let manifest = BundleManifest::read(folder)?;
+    let total: u64 = manifest.files().iter().map(|file| file.size).fold(0, u64::saturating_add);
     let (mut num_read, mut shown) = (0_u64, Instant::now());
     verify::verify(folder, &manifest, &mut |num_bytes| {
         num_read += num_bytes;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use recaption_export::{GraphFile, Manifest};
+use recaption_export::{BundleFile, GraphFile, Manifest};
 
 use crate::error::{Error, Result};
 
@@ -22,17 +22,7 @@ impl Bundle {
     /// [`Error::Bundle`] without a readable manifest, [`Error::Setting`] when a file is missing or cut off.
     pub fn open(folder: &Path) -> Result<Self> {
         let manifest = Manifest::read(folder)?;
-        for file in &manifest.files {
-            let path = folder.join(&file.path);
-            let size = std::fs::metadata(&path).map(|metadata| metadata.len()).ok();
-            if size != Some(file.size) {
-                let found = size.map_or("nothing".to_owned(), |size| format!("{size} bytes"));
-                return Err(Error::Setting {
-                    reason: format!("bundle file `{}`: expected {} bytes, got {found}", path.display(), file.size),
-                    hint: "export the checkpoint again with --overwrite".to_owned(),
-                });
-            }
-        }
+        check_files(folder, &manifest.files)?;
         Ok(Self { folder: folder.to_owned(), manifest })
     }
 
@@ -47,4 +37,21 @@ impl Bundle {
     pub fn tokenizer_path(&self) -> PathBuf {
         self.folder.join("tokenizer.json")
     }
+}
+
+/// # Errors
+/// [`Error::Setting`] when one of `files` is not in `folder`, or cut off.
+pub(crate) fn check_files(folder: &Path, files: &[BundleFile]) -> Result<()> {
+    for file in files {
+        let path = folder.join(&file.path);
+        let size = std::fs::metadata(&path).map(|metadata| metadata.len()).ok();
+        if size != Some(file.size) {
+            let found = size.map_or("nothing".to_owned(), |size| format!("{size} bytes"));
+            return Err(Error::Setting {
+                reason: format!("bundle file `{}`: expected {} bytes, got {found}", path.display(), file.size),
+                hint: "export the checkpoint again with --overwrite".to_owned(),
+            });
+        }
+    }
+    Ok(())
 }

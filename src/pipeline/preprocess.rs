@@ -11,7 +11,7 @@ mod resample;
 
 use crossbeam::channel::{Receiver, Sender};
 use fast_image_resize::{ResizeError, ResizeOptions, Resizer};
-use recaption_export::{Geometry, Manifest, PixelLayout, Preprocessing};
+use recaption_export::{ClipManifest, Geometry, Manifest, PixelLayout, Preprocessing};
 use thiserror::Error;
 
 use crate::pipeline::load::{LoadedImage, RgbImage};
@@ -19,6 +19,7 @@ use crate::pipeline::pool::{BufferPool, PooledBuffer};
 use crate::pipeline::preprocess::axis::AxisPlan;
 use crate::pipeline::preprocess::resample::{Passes, Pixels, Region, algorithm};
 use crate::pipeline::row::{Message, RowDraft};
+use crate::runtime::buffer::Buffer;
 use crate::stage::Stage;
 
 /// An image ready for the vision tower.
@@ -36,6 +37,19 @@ pub enum PixelValues {
     U8(Vec<u8>),
 }
 
+impl PixelValues {
+    /// Copies the values to where image `index` of a batch belongs.
+    pub(crate) fn copy_to(&self, batch: &mut Buffer, index: usize) {
+        fn place<T>(values: &mut [T], index: usize, length: usize) -> &mut [T] {
+            &mut values[index * length..(index + 1) * length]
+        }
+        match self {
+            Self::F32(values) => place(batch.as_mut_slice(), index, values.len()).copy_from_slice(values),
+            Self::U8(values) => place(batch.as_mut_slice(), index, values.len()).copy_from_slice(values),
+        }
+    }
+}
+
 /// What a bundle takes as `pixel_values`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PixelFormat {
@@ -46,15 +60,21 @@ pub struct PixelFormat {
 }
 
 impl PixelFormat {
-    /// As the manifest says.
+    /// As the manifest of a captioner says.
     #[must_use]
     pub fn of(manifest: &Manifest) -> Self {
-        Self {
-            layout: manifest.pixel_values.layout,
-            height: manifest.preprocessing.height as usize,
-            width: manifest.preprocessing.width as usize,
-            patch_size: manifest.vision.patch_size,
-        }
+        Self::new(manifest.pixel_values.layout, &manifest.preprocessing, manifest.vision.patch_size)
+    }
+
+    /// As the manifest of a CLIP says.
+    #[must_use]
+    pub fn of_clip(manifest: &ClipManifest) -> Self {
+        Self::new(manifest.pixel_values.layout, &manifest.preprocessing, manifest.image.patch_size)
+    }
+
+    fn new(layout: PixelLayout, preprocessing: &Preprocessing, patch_size: usize) -> Self {
+        let Preprocessing { height, width, .. } = *preprocessing;
+        Self { layout, height: height as usize, width: width as usize, patch_size }
     }
 
     /// Shape of `batch` images.

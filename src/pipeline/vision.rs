@@ -71,13 +71,8 @@ impl VisionEncoder {
     pub(crate) fn encode<'a>(&mut self, images: impl ExactSizeIterator<Item = &'a PixelValues>) -> Result<TensorView> {
         let batch = images.len();
         let buffers = &mut self.buffers;
-        let num_values = buffers.pixel_format.num_values();
         for (i, image) in images.enumerate() {
-            let range = i * num_values..(i + 1) * num_values;
-            match image {
-                PixelValues::F32(values) => buffers.pixel_values.as_mut_slice::<f32>()[range].copy_from_slice(values),
-                PixelValues::U8(values) => buffers.pixel_values.as_mut_slice::<u8>()[range].copy_from_slice(values),
-            }
+            image.copy_to(&mut buffers.pixel_values, i);
         }
         let (tower, projector) = match self.bindings.entry(batch) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),

@@ -121,7 +121,8 @@ fn a_bundle_with_other_preprocessing_is_another_model() {
         edit(&mut config);
         std::fs::write(&path, config.to_string()).unwrap();
         let out = folder.path().join(format!("{name}-bundle"));
-        recaption::export::export(&checkpoint, &out, &recaption::export::ExportOptions::default()).unwrap().fingerprint
+        let manifest = recaption::export::export(&checkpoint, &out, &recaption::export::ExportOptions::default());
+        manifest.unwrap().fingerprint().to_owned()
     };
     let first = fingerprint("first", &|_| ());
     assert_eq!(first, fingerprint("first-again", &|_| ()).clone());

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use recaption::export::{Error, ExportOptions, Manifest, export};
+use recaption::export::{BundleManifest, Error, ExportOptions, Manifest, export};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -35,7 +35,10 @@ impl Copy {
         let exported = export(&self.path(""), &out, options);
         assert_eq!(exported.is_ok(), out.exists());
         let _ = std::fs::remove_dir_all(&out);
-        exported
+        exported.map(|manifest| match manifest {
+            BundleManifest::Llava(manifest) => *manifest,
+            BundleManifest::Clip(_) => panic!("a captioner's checkpoint became a CLIP bundle"),
+        })
     }
 
     fn refusal(&self) -> String {

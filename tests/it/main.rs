@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod bad_inputs;
+mod clip;
 mod command_line;
 mod demo;
 mod golden;

@@ -177,7 +177,7 @@ fn weights_outside_of_fp16_are_counted_and_named() {
     std::fs::write(&path, changed).unwrap();
     let bundle = folder.path().join("bundle");
     let manifest = export(&checkpoint, &bundle, &options(Precision::Fp16, Target::Ort)).unwrap();
-    let [saturation] = &manifest.saturated_weights[..] else { panic!("{:?}", manifest.saturated_weights) };
+    let [saturation] = manifest.saturated_weights() else { panic!("{:?}", manifest.saturated_weights()) };
     assert_eq!((saturation.tensors.as_slice(), saturation.count), ([name.to_owned()].as_slice(), 2));
     assert_eq!(saturation.largest, 1e6);
     let args = ["export", checkpoint.to_str().unwrap(), "--out", bundle.to_str().unwrap(), "--precision", "fp16"];

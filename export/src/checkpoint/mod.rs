@@ -13,17 +13,15 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub(crate) use self::layout::{Layout, Part};
 pub(crate) use self::low_rank::LowRank;
-pub(crate) use self::shard::Shard;
+pub(crate) use self::shard::{Entry, Shard, weight_files};
 
 use self::layout::TensorName;
 use self::lora::{AdapterConfig, Role};
-use self::shard::Entry;
 use crate::error::{Error, Result};
 use crate::graph::hex;
 use crate::tensor::StoredTensor;
@@ -96,7 +94,7 @@ impl Checkpoint {
             used: RefCell::default(),
             fingerprint: Sha256::new_with_prefix(&config_bytes),
         };
-        let files = shard::weight_files(folder)?;
+        let files = weight_files(folder)?;
         if files.is_empty() {
             return Err(Error::MissingFile {
                 checkpoint: folder.to_owned(),
@@ -133,9 +131,7 @@ impl Checkpoint {
     /// Maps a file; its tensors go into the fingerprint.
     fn map_shard(&mut self, path: &Path) -> Result<Vec<Location>> {
         let (shard, entries) = Shard::open(path)?;
-        for Entry { name, dtype, shape, start, end } in &entries {
-            self.fingerprint.update(format!("{name:?} {dtype:?} {shape:?} {start}..{end}\n"));
-        }
+        entries.iter().for_each(|entry| entry.add_to(&mut self.fingerprint));
         self.shards.push(shard);
         let shard = self.shards.len() - 1;
         Ok(entries.into_iter().map(|entry| Location { shard, entry }).collect())
@@ -163,7 +159,7 @@ impl Checkpoint {
         if is_embedded {
             return Ok(());
         }
-        let files = shard::weight_files(folder)?;
+        let files = weight_files(folder)?;
         if files.is_empty() {
             return Err(Error::MissingFile {
                 checkpoint: folder.to_owned(),
@@ -300,11 +296,7 @@ impl Checkpoint {
     }
 
     fn stored(&self, location: &Location) -> Result<StoredTensor<'_>> {
-        let Entry { name, dtype, shape, start, end } = location.entry.clone();
-        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            return Err(Error::UnsupportedDtype { name, found: format!("{dtype:?}").to_lowercase() });
-        }
-        Ok(StoredTensor { name, dtype, shape, start, end, shard: &self.shards[location.shard], update: None })
+        location.entry.stored(&self.shards[location.shard])
     }
 
     /// How this checkpoint would spell a tensor that is not there.
@@ -336,17 +328,10 @@ impl Checkpoint {
             .chain(self.strangers.iter().map(String::as_str))
             .filter(|name| !name.ends_with("rotary_emb.inv_freq"))
             .collect();
-        if unused.is_empty() {
-            return Ok(());
-        }
         if let Some(name) = unused.iter().find(|name| name.ends_with("image_newline")) {
             return Err(Error::llava_next(&format!("tensor `{name}`"), "stored"));
         }
-        let mut names = unused.iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-        if unused.len() > 4 {
-            names.push_str(", …");
-        }
-        Err(Error::UnexpectedTensors { count: unused.len(), names })
+        Error::refuse_tensors(&unused)
     }
 
     /// A JSON file of the checkpoint, if it is there.
@@ -374,7 +359,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     parse_json(path, &bytes).map(Some)
 }
 
-fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
     serde_json::from_slice(bytes)
         .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })
 }

@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::parse_json;
 use crate::error::{Error, Result};
+use crate::tensor::StoredTensor;
 use crate::torch_file::{self, TorchTensor};
 
 /// A mapped file of weights.
@@ -20,27 +22,45 @@ pub(crate) struct Shard {
 
 /// A tensor in a [`Shard`].
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
     /// Byte range within the file.
-    pub(super) start: usize,
-    pub(super) end: usize,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
 }
 
 impl Shard {
     /// Maps `path` and reads what tensors it holds; no weight is touched.
-    pub(super) fn open(path: &Path) -> Result<(Self, Vec<Entry>)> {
+    pub(crate) fn open(path: &Path) -> Result<(Self, Vec<Entry>)> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         // SAFETY: the mapping is read-only; the checkpoint is not expected to change while it is exported, and both
         // readers check the header against the file's length.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let is_torch = path.extension().is_some_and(|extension| extension == "bin");
+        let is_torch =
+            path.extension().is_some_and(|extension| ["bin", "pt", "pth"].iter().any(|name| extension == *name));
         let mut entries = if is_torch { torch_entries(&map, path) } else { safetensors_entries(&map, path) }?;
         // One order, for the fingerprint.
         entries.sort_by(|one, other| one.name.cmp(&other.name));
         Ok((Self { path: path.to_owned(), map }, entries))
+    }
+}
+
+impl Entry {
+    /// Name, type, shape and place go into a checkpoint's fingerprint.
+    pub(crate) fn add_to(&self, fingerprint: &mut Sha256) {
+        let Self { name, dtype, shape, start, end } = self;
+        fingerprint.update(format!("{name:?} {dtype:?} {shape:?} {start}..{end}\n"));
+    }
+
+    /// The tensor itself, in the shard that it was found in.
+    pub(crate) fn stored<'a>(&self, shard: &'a Shard) -> Result<StoredTensor<'a>> {
+        let Self { name, dtype, shape, start, end } = self.clone();
+        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(Error::UnsupportedDtype { name, found: format!("{dtype:?}").to_lowercase() });
+        }
+        Ok(StoredTensor { name, dtype, shape, start, end, shard, update: None })
     }
 }
 
@@ -66,7 +86,7 @@ fn torch_entries(file: &[u8], path: &Path) -> Result<Vec<Entry>> {
 
 /// The files that hold the weights of the model in `folder`, safetensors before torch's own: those that an index names,
 /// or the one file. Empty when there are none.
-pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     for single in ["model.safetensors", "pytorch_model.bin"] {
         let index = folder.join(format!("{single}.index.json"));
         if index.is_file() {

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::activation::Activation;
 use crate::checkpoint::{Checkpoint, Layout};
+use crate::encoder::EncoderConfig;
 use crate::error::{Error, Result};
 
 /// No dimension of a real model comes near; a larger one is a damaged file.
@@ -52,6 +53,12 @@ pub(crate) struct VisionConfig {
 }
 
 impl VisionConfig {
+    /// Dimensions of the tower's layers.
+    pub(crate) fn encoder(&self) -> EncoderConfig {
+        let Self { hidden_size, intermediate_size, num_heads, activation, layer_norm_eps, .. } = *self;
+        EncoderConfig { hidden_size, intermediate_size, num_heads, activation, layer_norm_eps }
+    }
+
     /// Patches of one image.
     pub(crate) fn num_patches(&self) -> usize {
         let side = self.image_size / self.patch_size;
@@ -228,7 +235,7 @@ impl RawRope {
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct RawVisionConfig {
+pub(crate) struct RawVisionConfig {
     model_type: Option<String>,
     hidden_size: Option<usize>,
     intermediate_size: Option<usize>,
@@ -296,7 +303,7 @@ impl LlavaConfig {
 }
 
 impl RawVisionConfig {
-    fn validate(self, layers: &[i64], strategy: &str, path: &Path) -> Result<VisionConfig> {
+    pub(crate) fn validate(self, layers: &[i64], strategy: &str, path: &Path) -> Result<VisionConfig> {
         if let Some(kind) = self.model_type.as_deref().filter(|kind| *kind != "clip_vision_model") {
             return Err(Error::unsupported(
                 "vision_config.model_type",
@@ -473,7 +480,7 @@ impl RawTextConfig {
     }
 }
 
-fn parse<T: serde::de::DeserializeOwned>(config: &Value, path: &Path) -> Result<T> {
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(config: &Value, path: &Path) -> Result<T> {
     serde_path_to_error::deserialize(config)
         .map_err(|reason| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() })
 }
@@ -485,19 +492,19 @@ fn refuse_other_models(model_type: Option<&str>, known: &[&str]) -> Result<()> {
         found => Err(Error::unsupported(
             "model_type",
             format!("`{}`", found.unwrap_or("none")),
-            "export takes LLaVA-1.5 checkpoints with a LLaMA decoder (`model_type: llava` or `llava_llama`)",
+            "export takes LLaVA-1.5 with a LLaMA decoder (`model_type: llava` or `llava_llama`) and CLIP (`clip`)",
         )),
     }
 }
 
-fn refuse_quantised(configs: &[&Option<Value>]) -> Result<()> {
+pub(crate) fn refuse_quantised(configs: &[&Option<Value>]) -> Result<()> {
     if configs.iter().all(|config| config.is_none()) {
         return Ok(());
     }
     Err(Error::unsupported("quantization_config", "a quantised checkpoint", "export the unquantised checkpoint"))
 }
 
-fn refuse_out_of_range(section: &str, fields: &[(&str, usize)], path: &Path) -> Result<()> {
+pub(crate) fn refuse_out_of_range(section: &str, fields: &[(&str, usize)], path: &Path) -> Result<()> {
     match fields.iter().find(|(_, value)| !(1..=MAX_DIMENSION).contains(value)) {
         Some((name, value)) => {
             let reason = format!("`{section}{name}`: expected 1 to {MAX_DIMENSION}, got {value}");
@@ -507,7 +514,7 @@ fn refuse_out_of_range(section: &str, fields: &[(&str, usize)], path: &Path) -> 
     }
 }
 
-fn refuse_bad_epsilon(name: &str, value: f32, path: &Path) -> Result<()> {
+pub(crate) fn refuse_bad_epsilon(name: &str, value: f32, path: &Path) -> Result<()> {
     if value.is_finite() && value >= 0.0 {
         return Ok(());
     }
@@ -515,7 +522,7 @@ fn refuse_bad_epsilon(name: &str, value: f32, path: &Path) -> Result<()> {
     Err(Error::InvalidConfig { path: path.to_owned(), reason })
 }
 
-fn refuse_uneven(what: &str, size: usize, heads: usize, path: &Path) -> Result<()> {
+pub(crate) fn refuse_uneven(what: &str, size: usize, heads: usize, path: &Path) -> Result<()> {
     if heads == 0 || !size.is_multiple_of(heads) {
         let reason = format!("{what}: {size} does not divide into {heads} heads");
         return Err(Error::InvalidConfig { path: path.to_owned(), reason });

@@ -1,17 +1,17 @@
 //! What `recaption inspect` says about a bundle, in exact numbers: the fields of `--json`.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use recaption_export::flops::{self, Flops};
 use recaption_export::inspect::GraphContents;
 use recaption_export::{
-    BundleFile, BundleKind, DataType, DecoderDims, DimRange, GraphFile, Precision, Source, Target, TensorSpec,
-    VisionDims,
+    BundleFile, BundleHeader, BundleManifest, ClipManifest, DataType, DecoderDims, DimRange, GraphFile, ImageDims,
+    Manifest, TensorSpec, TextDims, VisionDims,
 };
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::model::Bundle;
 use crate::model::kv_cache::CacheShape;
 
 /// New tokens of the caption that the cache is sized for: what `recaption run` makes room for by default.
@@ -27,22 +27,16 @@ pub(super) struct CaptionLength {
 /// A bundle.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    pub(super) kind: BundleKind,
-    pub(super) format_version: u32,
-    pub(super) producer: String,
-    pub(super) source: Source,
-    pub(super) precision: Precision,
-    pub(super) vision_precision: Precision,
-    pub(super) activations: DataType,
-    pub(super) reduce_range: bool,
-    pub(super) target: Target,
-    pub(super) fingerprint: String,
+    #[serde(flatten)]
+    pub(super) header: BundleHeader,
     pub(super) num_parameters: u64,
     /// Of all files but the manifest.
     pub(super) num_bytes: u64,
     pub(super) graphs: Vec<GraphReport>,
     #[serde(flatten)]
     pub(super) captioner: Option<Captioner>,
+    #[serde(flatten)]
+    pub(super) scorer: Option<Scorer>,
     pub(super) files: Vec<BundleFile>,
     /// Whether the files were compared by their hashes.
     pub(super) is_verified: bool,
@@ -79,6 +73,23 @@ pub(super) struct Captioner {
     pub(super) flops_per_image: FlopsReport,
 }
 
+/// What only a CLIP has.
+#[derive(Debug, Serialize)]
+pub(super) struct Scorer {
+    pub(super) image: ImageDims,
+    pub(super) text: TextDims,
+    pub(super) projection_dim: usize,
+    pub(super) logit_scale: f32,
+}
+
+impl Scorer {
+    fn of(manifest: &ClipManifest) -> Self {
+        let ClipManifest { image, text, projection_dim, logit_scale, .. } = manifest;
+        let (image, text) = (image.clone(), text.clone());
+        Self { image, text, projection_dim: *projection_dim, logit_scale: *logit_scale }
+    }
+}
+
 /// Memory that one caption in flight takes.
 #[derive(Debug, Serialize)]
 pub(super) struct CacheReport {
@@ -110,37 +121,35 @@ impl Report {
     /// # Errors
     /// [`crate::Error::Bundle`] when a graph is damaged, is not the manifest's, or uses an operator that its target does not
     /// have; [`crate::Error::Setting`] without a KV cache of the expected form.
-    pub(super) fn of(bundle: &Bundle, length: CaptionLength, is_verified: bool) -> Result<Self> {
-        let manifest = &bundle.manifest;
-        let read = |(name, graph)| GraphReport::read(bundle, name, graph);
+    pub(super) fn of(
+        folder: &Path,
+        manifest: &BundleManifest,
+        length: CaptionLength,
+        is_verified: bool,
+    ) -> Result<Self> {
+        let read = |(name, graph)| GraphReport::read(folder, manifest, name, graph);
         let graphs = manifest.named_graphs().into_iter().map(read).collect::<Result<Vec<_>>>()?;
-        let captioner = match manifest.kind {
-            BundleKind::Llava => Some(Captioner::of(bundle, length)?),
-        };
+        let (mut captioner, mut scorer) = (None, None);
+        match manifest {
+            BundleManifest::Llava(manifest) => captioner = Some(Captioner::of(manifest, length)?),
+            BundleManifest::Clip(manifest) => scorer = Some(Scorer::of(manifest)),
+        }
         Ok(Self {
-            kind: manifest.kind,
-            format_version: manifest.format_version,
-            producer: manifest.producer.clone(),
-            source: manifest.source.clone(),
-            precision: manifest.precision,
-            vision_precision: manifest.vision_precision,
-            activations: manifest.activations,
-            reduce_range: manifest.reduce_range,
-            target: manifest.target,
-            fingerprint: manifest.fingerprint.clone(),
+            header: manifest.header(),
             num_parameters: graphs.iter().map(|graph| graph.num_parameters).fold(0, u64::saturating_add),
-            num_bytes: manifest.files.iter().map(|file| file.size).fold(0, u64::saturating_add),
+            num_bytes: manifest.files().iter().map(|file| file.size).fold(0, u64::saturating_add),
             graphs,
             captioner,
-            files: manifest.files.clone(),
+            scorer,
+            files: manifest.files().to_vec(),
             is_verified,
         })
     }
 }
 
 impl GraphReport {
-    fn read(bundle: &Bundle, name: &'static str, graph: &GraphFile) -> Result<Self> {
-        let contents = GraphContents::read(&bundle.folder, &bundle.manifest, graph)?;
+    fn read(folder: &Path, manifest: &BundleManifest, name: &'static str, graph: &GraphFile) -> Result<Self> {
+        let contents = GraphContents::read(folder, manifest, graph)?;
         let GraphContents { opsets, num_nodes, ops, weight_bytes, onnx_bytes, data_bytes } = contents;
         let GraphFile { file, inputs, outputs, profile, num_parameters } = graph.clone();
         Ok(Self {
@@ -161,8 +170,7 @@ impl GraphReport {
 }
 
 impl Captioner {
-    fn of(bundle: &Bundle, length: CaptionLength) -> Result<Self> {
-        let manifest = &bundle.manifest;
+    fn of(manifest: &Manifest, length: CaptionLength) -> Result<Self> {
         let CaptionLength { prompt_tokens, new_tokens } = length;
         let cache = CacheShape::of(manifest)?;
         let caption_tokens = manifest.vision.num_image_tokens + prompt_tokens + CACHED_NEW_TOKENS;

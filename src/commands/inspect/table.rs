@@ -1,9 +1,9 @@
 //! A report as text: aligned columns, numbers for people.
 
-use recaption_export::{DimRange, TensorSpec};
+use recaption_export::{DimRange, ImageDims, TensorSpec};
 
 use super::numbers::{bytes, count, flops};
-use super::report::{CacheReport, Captioner, FlopsReport, GraphReport, Report};
+use super::report::{CacheReport, Captioner, FlopsReport, GraphReport, Report, Scorer};
 
 /// Lists are broken before this column.
 const MAX_WIDTH: usize = 110;
@@ -27,17 +27,18 @@ pub(super) fn render(report: &Report) -> String {
 }
 
 fn header(report: &Report) -> String {
-    let precision = match report.precision == report.vision_precision {
-        true => report.precision.name().to_owned(),
-        false => format!("{}, vision {}", report.precision.name(), report.vision_precision.name()),
+    let header = &report.header;
+    let precision = match header.precision == header.vision_precision {
+        true => header.precision.name().to_owned(),
+        false => format!("{}, vision {}", header.precision.name(), header.vision_precision.name()),
     };
-    let reduced = if report.reduce_range { ", int8 weights within 7 bits" } else { "" };
-    let fingerprint: String = report.fingerprint.chars().take(SHORT_FINGERPRINT).collect();
+    let reduced = if header.reduce_range { ", int8 weights within 7 bits" } else { "" };
+    let fingerprint: String = header.fingerprint.chars().take(SHORT_FINGERPRINT).collect();
     let mut rows = vec![
-        ("kind", format!("{}, format {}, written by {}", report.kind.name(), report.format_version, report.producer)),
-        ("source", format!("{}, layout {}", report.source.name, report.source.layout)),
-        ("precision", format!("{precision}, activations {}{reduced}", report.activations.name())),
-        ("target", report.target.name().to_owned()),
+        ("kind", format!("{}, format {}, written by {}", header.kind.name(), header.format_version, header.producer)),
+        ("source", format!("{}, layout {}", header.source.name, header.source.layout)),
+        ("precision", format!("{precision}, activations {}{reduced}", header.activations.name())),
+        ("target", header.target.name().to_owned()),
         ("fingerprint", fingerprint),
         (
             "size",
@@ -52,8 +53,27 @@ fn header(report: &Report) -> String {
     if let Some(captioner) = &report.captioner {
         rows.extend(dimensions(captioner));
     }
+    if let Some(scorer) = &report.scorer {
+        rows.extend(towers(scorer));
+    }
     let rows = rows.into_iter().map(|(name, value)| vec![name.to_owned(), plain(&value)]);
     align(rows.collect(), &[], "")
+}
+
+fn towers(scorer: &Scorer) -> [(&'static str, String); 3] {
+    let Scorer { image, text, projection_dim, logit_scale } = scorer;
+    let ImageDims { image_size: side, patch_size, hidden_size, num_layers } = image;
+    [
+        ("image", format!("{side} x {side} pixels, patches of {patch_size}, width {hidden_size}, {num_layers} layers")),
+        (
+            "text",
+            format!(
+                "{} positions, vocabulary {}, width {}, {} layers",
+                text.context_length, text.vocab_size, text.hidden_size, text.num_layers
+            ),
+        ),
+        ("embeddings", format!("width {projection_dim}, logit scale {logit_scale:.2}")),
+    ]
 }
 
 fn dimensions(captioner: &Captioner) -> [(&'static str, String); 2] {

@@ -1,0 +1,126 @@
+//! `manifest.json` of a CLIP bundle, which scores images against texts.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bundle_manifest::BundleManifest;
+use crate::error::{Error, Result};
+use crate::graph::DataType;
+use crate::manifest::{BundleFile, BundleKind, GraphFile, PixelValues, Precision, Saturation, Source, Target};
+use crate::processor_config::Preprocessing;
+
+/// The contents of `manifest.json` in a bundle of kind `clip`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClipManifest {
+    /// [`crate::FORMAT_VERSION`] of the writer.
+    pub format_version: u32,
+    /// [`BundleKind::Clip`].
+    pub kind: BundleKind,
+    /// Name and version of the program that wrote it.
+    pub producer: String,
+    /// The checkpoint it was made from.
+    pub source: Source,
+    /// Precision of the text tower's weights.
+    pub precision: Precision,
+    /// Precision of the image tower's weights.
+    pub vision_precision: Precision,
+    /// Type of the text tower's activations; its embeddings are f32 in any case.
+    pub activations: DataType,
+    /// Whether int8 weights keep within 7 bits.
+    #[serde(default)]
+    pub reduce_range: bool,
+    /// Operators the graphs are made of.
+    pub target: Target,
+    /// Dimensions of the image tower.
+    pub image: ImageDims,
+    /// Dimensions of the text tower.
+    pub text: TextDims,
+    /// Width of `image_embeds` and `text_embeds`.
+    pub projection_dim: usize,
+    /// What cosine similarities are multiplied by: the exponential of the stored parameter.
+    pub logit_scale: f32,
+    /// How an image becomes `pixel_values`.
+    pub preprocessing: Preprocessing,
+    /// Type and layout of `pixel_values`.
+    pub pixel_values: PixelValues,
+    /// The graphs.
+    pub graphs: ClipGraphs,
+    /// Every file of the bundle but this one.
+    pub files: Vec<BundleFile>,
+    /// Weights outside of fp16's range, where the bundle has fp16 weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub saturated_weights: Vec<Saturation>,
+    /// SHA-256 over all of this but the checkpoint's name: the bundle's identity.
+    pub fingerprint: String,
+}
+
+/// Dimensions of an image tower.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDims {
+    /// Side of the square `pixel_values`, in pixels.
+    pub image_size: usize,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Width of the tower.
+    pub hidden_size: usize,
+    /// Encoder layers.
+    pub num_layers: usize,
+}
+
+/// Dimensions of a text tower.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TextDims {
+    /// Longest sequence of token ids.
+    pub context_length: usize,
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
+    /// Width of the tower.
+    pub hidden_size: usize,
+    /// Encoder layers.
+    pub num_layers: usize,
+    /// Where a text ends: the token whose state is the text's.
+    pub eos: EosRule,
+    /// The id that the checkpoint pads texts with, if it says; any other below the end's does as well.
+    pub pad_token_id: Option<u32>,
+}
+
+/// Which token of a sequence is the end of its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "rule", rename_all = "snake_case")]
+pub enum EosRule {
+    /// The first `token_id`.
+    First {
+        /// The id of `<|endoftext|>`.
+        token_id: u32,
+    },
+    /// The first of the largest ids, as in OpenAI's code: `<|endoftext|>` is the vocabulary's last.
+    LargestId,
+}
+
+/// The graphs of a CLIP.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClipGraphs {
+    /// `pixel_values` to `image_embeds`.
+    pub image_tower: GraphFile,
+    /// `input_ids` to `text_embeds`.
+    pub text_tower: GraphFile,
+}
+
+impl ClipManifest {
+    /// Reads `BUNDLE/manifest.json`.
+    ///
+    /// # Errors
+    /// When it is not there, does not parse, is of another format version, or that of a captioner.
+    pub fn read(bundle: &Path) -> Result<Self> {
+        match BundleManifest::read(bundle)? {
+            BundleManifest::Clip(manifest) => Ok(*manifest),
+            BundleManifest::Llava(_) => Err(Error::OtherBundleKind {
+                path: bundle.to_owned(),
+                found: BundleKind::Llava.name(),
+                reader: "scoring",
+                wanted: BundleKind::Clip.name(),
+            }),
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! What came out: how well captions fit their images.
+
+#[doc(hidden)]
+pub mod clip;
