@@ -60,8 +60,6 @@ impl Windows {
 /// One activation, channel by channel.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct InputStats {
-    /// Largest magnitude of each channel.
-    pub(crate) max: Vec<f32>,
     /// Mean square of each channel.
     pub(crate) mean_square: Vec<f32>,
     /// Root of the mean square of each column of the weights that take it.
@@ -267,9 +265,8 @@ fn softmax(scores: &mut [f32], num_visible: usize, scale: f32) {
 
 impl InputStats {
     fn of(x: &Array2<f32>) -> Self {
-        let max = x.fold_axis(Axis(0), 0.0_f32, |max, value| max.max(value.abs())).to_vec();
         let sum = x.fold_axis(Axis(0), 0.0_f32, |sum, value| sum + value * value);
         let mean_square = sum.iter().map(|sum| sum / x.nrows() as f32).collect();
-        Self { max, mean_square, weight_rms: Vec::new() }
+        Self { mean_square, weight_rms: Vec::new() }
     }
 }

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use crate::calibrate::{InputStats, LayerStats};
-use crate::precision::LinearFormat;
+use crate::precision::{GraphFormat, LinearFormat};
 
 /// Channels and columns smaller than this share of the largest count as so large: their factors would be without meaning.
 const LEAST_SHARE: f32 = 1e-5;
@@ -43,13 +43,12 @@ pub(crate) struct DecoderChannels {
 
 impl DecoderChannels {
     /// What `format` makes of the statistics.
-    pub(crate) fn of_stats(stats: &[LayerStats], format: LinearFormat) -> Self {
-        let channels = |input: &InputStats| Channels::of_stats(input, format);
+    pub(crate) fn of_stats(stats: &[LayerStats], format: GraphFormat) -> Self {
         let layer = |layer: &LayerStats| LayerChannels {
-            attention_input: channels(&layer.attention_input),
-            attention_output: Channels { factors: None, ..channels(&layer.attention_output) },
-            mlp_input: channels(&layer.mlp_input),
-            mlp_hidden: channels(&layer.mlp_hidden),
+            attention_input: Channels::of_stats(&layer.attention_input, format.attention_input),
+            attention_output: Channels::undivided(&layer.attention_output, format.linear),
+            mlp_input: Channels::of_stats(&layer.mlp_input, format.linear),
+            mlp_hidden: Channels::of_stats(&layer.mlp_hidden, format.linear),
         };
         Self { layers: stats.iter().map(layer).collect() }
     }
@@ -60,28 +59,32 @@ impl DecoderChannels {
 }
 
 impl Channels {
-    /// `factor = sqrt(range / rms(w))`. The range that matters is the largest magnitude where activations share one scale per
-    /// row, and the root mean square where only weights are coarse.
+    /// `factor = rms(x)^a / rms(w)^(1 - a)`, with exponents that were found on SmolLM2-135M (see `scripts/quality`).
     fn of_stats(stats: &InputStats, format: LinearFormat) -> Self {
-        let rms: Vec<f32> = stats.mean_square.iter().map(|square| square.sqrt()).collect();
-        match format {
-            LinearFormat::Float => Self::default(),
-            LinearFormat::Int8 { .. } => {
-                Self { factors: Some(factors(&stats.max, &stats.weight_rms).into()), importance: None }
-            }
-            LinearFormat::Blocks(_) => {
-                let factors = factors(&rms, &stats.weight_rms);
-                let importance =
-                    lifted(&rms).iter().zip(&factors).map(|(rms, factor)| (rms / factor).powi(2)).collect();
-                Self { factors: Some(factors.into()), importance: Some(importance) }
-            }
-        }
+        let (exponent, is_searched) = match format {
+            LinearFormat::Float => return Self::default(),
+            LinearFormat::Int8 { .. } => (0.5, false),
+            LinearFormat::Blocks(blocks) if blocks.bits == 8 => (0.5, false),
+            LinearFormat::Blocks(_) => (0.375, true),
+        };
+        let rms = lifted(&stats.mean_square.iter().map(|square| square.sqrt()).collect::<Vec<_>>());
+        let factors = factors(&rms, &stats.weight_rms, exponent);
+        let importance = rms.iter().zip(&factors).map(|(rms, factor)| (rms / factor).powi(2)).collect();
+        Self { factors: Some(factors.into()), importance: is_searched.then_some(importance) }
+    }
+
+    /// Without factors, for an activation that nothing can divide before it is made.
+    fn undivided(stats: &InputStats, format: LinearFormat) -> Self {
+        let Self { importance, .. } = Self::of_stats(stats, format);
+        let squares = || stats.mean_square.iter().map(|square| square.max(1e-30)).collect();
+        Self { factors: None, importance: importance.map(|_| squares()) }
     }
 }
 
 /// One factor per channel; their geometric mean is 1.
-fn factors(range: &[f32], weight_rms: &[f32]) -> Vec<f32> {
-    let raw = lifted(range).into_iter().zip(lifted(weight_rms)).map(|(range, weight)| (range / weight).sqrt());
+fn factors(rms: &[f32], weight_rms: &[f32], exponent: f32) -> Vec<f32> {
+    let weight_rms = lifted(weight_rms);
+    let raw = rms.iter().zip(&weight_rms).map(|(x, w)| x.powf(exponent) / w.powf(1.0 - exponent));
     let raw: Vec<f32> = raw.collect();
     let middle = (raw.iter().map(|factor| factor.ln()).sum::<f32>() / raw.len().max(1) as f32).exp();
     raw.into_iter().map(|factor| factor / middle).collect()

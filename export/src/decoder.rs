@@ -220,8 +220,9 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let key = find("k_proj", num_kv_heads, true)?;
         let value = find("v_proj", num_kv_heads, false)?;
         let packed = query.then(key, String::new()).then(value, format!("/{prefix}.qkv_proj"));
-        let normed = self.input(&format!("{prefix}.qkv_proj"), normed);
-        let packed = packed.for_input(&attention_input).build(&mut self.graph, &normed);
+        let format = self.graph.format().attention_input;
+        let normed = LinearInput::new(&mut self.graph, format, &format!("/{prefix}.qkv_proj"), normed);
+        let packed = packed.for_input(&attention_input).build_in(&mut self.graph, &normed, format);
         let name = format!("/{prefix}/Reshape");
         let packed = self.graph.node("Reshape", &name, &[&packed, &self.sequence_shape], vec![]); // [B, S, q + k + v]
         Ok(self.attention.build(&mut self.graph, layer, &packed))

@@ -158,7 +158,7 @@ fn export_llava(checkpoint_folder: &Path, bundle_folder: &Path, options: &Export
     let preprocessing = processor_config::read(&checkpoint, config.vision.image_size)?;
     let vision_tower = vision_tower::build(&checkpoint, &config.vision, &preprocessing, vision_format)?;
     let projector = projector::build(&checkpoint, &config, vision_format, decoder_format.float)?;
-    let channels = decoder_channels(&checkpoint, &config.decoder, options, decoder_format.linear)?;
+    let channels = decoder_channels(&checkpoint, &config.decoder, options, decoder_format)?;
     let decoder = decoder::build(&checkpoint, &config.decoder, decoder_format, &channels)?;
     checkpoint.refuse_unused(config.vision.num_layers()..config.vision.num_stored_layers)?;
 
@@ -224,12 +224,12 @@ fn decoder_channels(
     checkpoint: &Checkpoint,
     config: &DecoderConfig,
     options: &ExportOptions,
-    format: LinearFormat,
+    format: GraphFormat,
 ) -> Result<DecoderChannels> {
-    let has_use = match format {
+    let has_use = match format.linear {
         LinearFormat::Float => false,
         LinearFormat::Int8 { .. } => true,
-        LinearFormat::Blocks(blocks) => blocks.bits < 8 && blocks.rounding == Rounding::Search,
+        LinearFormat::Blocks(blocks) => blocks.rounding == Rounding::Search,
     };
     let windows = match &options.calibration {
         _ if !has_use => return Ok(DecoderChannels::default()),

@@ -18,6 +18,8 @@ pub(crate) struct GraphFormat {
     pub(crate) float: DataType,
     /// Linear layers.
     pub(crate) linear: LinearFormat,
+    /// The decoder's projections to queries, keys and values: a tenth of an 8B's weights, and the most sensitive.
+    pub(crate) attention_input: LinearFormat,
     /// The logits head.
     pub(crate) head: LinearFormat,
     /// Type of the embedding table.
@@ -94,7 +96,9 @@ impl PrecisionOptions {
             Precision::Int8Block => (int8_block, int8_block, DataType::F16),
             Precision::Int4 => (blocks(4, INT4_BLOCK), int8_block, DataType::F16),
         };
-        Ok(GraphFormat { target, float, linear, head, embedding })
+        let has_wider_attention = precision == Precision::Int4 && rounding == Rounding::Search;
+        let attention_input = if has_wider_attention { int8_block } else { linear };
+        Ok(GraphFormat { target, float, linear, attention_input, head, embedding })
     }
 }
 
