@@ -140,7 +140,7 @@ mod tests {
         let manifest = BundleManifest::read(&bundle).unwrap();
         let mut num_bytes = 0;
         verify(&bundle, &manifest, &mut |bytes| num_bytes += bytes).unwrap();
-        assert_eq!(num_bytes, manifest.files.iter().map(|file| file.size).sum::<u64>());
+        assert_eq!(num_bytes, manifest.files().iter().map(|file| file.size).sum::<u64>());
 
         let data = bundle.join("decoder.onnx.data");
         let mut bytes = std::fs::read(&data).unwrap();
