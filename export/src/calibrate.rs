@@ -14,7 +14,7 @@ use crate::rope::cos_sin_tables;
 const PART: Part = Part::Decoder;
 
 /// Tokens of one window, and how many windows there are at most.
-const WINDOW: usize = 128;
+const WINDOW: usize = 64;
 const MAX_WINDOWS: usize = 4;
 const NUM_RANDOM_WINDOWS: usize = 4;
 

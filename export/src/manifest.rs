@@ -327,7 +327,8 @@ impl Saturation {
     /// Brings `values` into fp16's range and counts those that were outside.
     pub(crate) fn saturate(&mut self, values: &mut [f32]) {
         let max = half::f16::MAX.to_f32();
-        if values.iter().all(|value| value.abs() <= max) {
+        // Without leaving early, so that it is a vector instruction a value.
+        if values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs())) <= max {
             return;
         }
         for value in values.iter_mut().filter(|value| value.abs() > max) {

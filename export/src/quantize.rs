@@ -5,7 +5,7 @@ use std::thread;
 
 use crate::blocks;
 use crate::graph::DataType;
-use crate::tensor::{extend_with_bf16, extend_with_f16};
+use crate::tensor::{extend_with_bf16, extend_with_f16, extend_with_f32};
 
 /// How the values of a weight become bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -91,7 +91,7 @@ impl Encoding {
         let encode_rows: fn(Self, &[f32], usize, Option<&[f32]>, &mut Encoded) = match self {
             Self::Float(DataType::F16) => return extend_with_f16(&mut encoded.data, rows),
             Self::Float(DataType::BF16) => return extend_with_bf16(&mut encoded.data, rows),
-            Self::Float(_) => return encoded.data.extend(rows.iter().flat_map(|value| value.to_le_bytes())),
+            Self::Float(_) => return extend_with_f32(&mut encoded.data, rows),
             Self::Int8Rows { .. } => encode_int8_rows,
             Self::Blocks(_) => encode_blocks,
         };
@@ -125,7 +125,7 @@ fn encode_int8_rows(
         let scale = largest(row) / f32::from(max);
         let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
         encoded.scales.extend(scale.to_le_bytes());
-        encoded.data.extend(row.iter().map(|value| (value * inverse).round_ties_even() as i8 as u8));
+        encoded.data.extend(row.iter().map(|value| blocks::round(value * inverse) as i8 as u8));
     }
 }
 
