@@ -83,12 +83,15 @@ impl Encoded {
     }
 }
 
+/// Encodes rows on one core.
+type RowEncoder = fn(Encoding, &[f32], usize, Option<&[f32]>, &mut Encoded);
+
 impl Encoding {
     /// Encodes whole rows of `row_size` values into `encoded`, which is emptied first; `importance` says how much an error in
     /// each of a row's values weighs. Quantisation uses all cores.
     pub(crate) fn encode(self, rows: &[f32], row_size: usize, importance: Option<&[f32]>, encoded: &mut Encoded) {
         encoded.clear();
-        let encode_rows: fn(Self, &[f32], usize, Option<&[f32]>, &mut Encoded) = match self {
+        let encode_rows: RowEncoder = match self {
             Self::Float(DataType::F16) => return extend_with_f16(&mut encoded.data, rows),
             Self::Float(DataType::BF16) => return extend_with_bf16(&mut encoded.data, rows),
             Self::Float(_) => return extend_with_f32(&mut encoded.data, rows),
