@@ -96,7 +96,7 @@ pub struct ExportArgs {
     /// What int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file
     ///
     /// The decoder is run over the first 512 tokens, one layer at a time, and channels with a wide range are evened out in the
-    /// weights (SmoothQuant). Example: --precision int8 --calibration my-captions.txt
+    /// weights (SmoothQuant). int4 learns nothing from random ids. Example: --precision int8 --calibration my-captions.txt
     #[arg(long, value_name = "captions|random|none|FILE", default_value = "captions")]
     pub calibration: String,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI

@@ -14,7 +14,7 @@ use crate::rope::cos_sin_tables;
 const PART: Part = Part::Decoder;
 
 /// Tokens of one window, and how many windows there are at most.
-const WINDOW: usize = 64;
+const WINDOW: usize = 128;
 const MAX_WINDOWS: usize = 4;
 const NUM_RANDOM_WINDOWS: usize = 4;
 
@@ -23,7 +23,8 @@ const NUM_RANDOM_WINDOWS: usize = 4;
 pub enum Calibration {
     /// Nothing.
     None,
-    /// Random token ids, the same ones each time.
+    /// Random token ids, the same ones each time. For int8; for int4 they are no better than nothing (SmolLM2-135M: 23.7 % of
+    /// perplexity, where text leaves 10.7 %), and count as nothing.
     #[default]
     Random,
     /// Token ids of a text like the captions to come.

@@ -234,6 +234,7 @@ fn decoder_channels(
     let windows = match &options.calibration {
         _ if !has_use => return Ok(DecoderChannels::default()),
         Calibration::None => return Ok(DecoderChannels::default()),
+        Calibration::Random if format.linear.has_4_bits() => return Ok(DecoderChannels::default()),
         Calibration::Random => Windows::random(config),
         Calibration::Tokens(token_ids) => Windows::of_tokens(token_ids, config),
     };

@@ -40,6 +40,12 @@ pub(crate) enum LinearFormat {
     Blocks(BlockFormat),
 }
 
+impl LinearFormat {
+    pub(crate) fn has_4_bits(self) -> bool {
+        matches!(self, Self::Blocks(BlockFormat { bits: 4, .. }))
+    }
+}
+
 /// Precision of a bundle, checked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PrecisionOptions {

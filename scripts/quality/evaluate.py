@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+
 from bundle import Decoder, log_softmax
 from peers import LlamaCppDecoder, OpenVinoDecoder
 from texts import prompts, read_texts, windows
-from tokenizers import Tokenizer
 
 AnyDecoder = Decoder | OpenVinoDecoder | LlamaCppDecoder
 
