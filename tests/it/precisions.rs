@@ -91,7 +91,7 @@ fn every_precision_stays_near_the_logits_of_transformers() {
         let (worst, name) = errors.iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
         let mean = errors.iter().map(|(error, _)| error).sum::<f32>() / errors.len() as f32;
         println!("{:?} {:?}: mean {mean:.4}, worst {worst:.4} ({name})", options.precision, options.target);
-        assert!(mean < bound && *worst < 3.0 * bound, "{options:?}: {errors:?}");
+        assert!(mean < bound && *worst < 5.0 * bound, "{options:?}: {errors:?}");
     }
 }
 
