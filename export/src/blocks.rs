@@ -1,9 +1,8 @@
 //! Weights as small integers in blocks along a row, in the layout of ONNX Runtime's `MatMulNBits`: `w = (q - zero_point) *
 //! scale`, two 4-bit integers to a byte, the first in the low half.
 
-use crate::graph::DataType;
-use crate::quantize::{BlockFormat, Encoded, Rounding};
-use crate::tensor::extend_with_f16;
+use crate::quantize::{BlockFormat, Encoded, Rounding, largest};
+use crate::tensor::extend_with_floats;
 
 /// Zero point of symmetric 8-bit blocks.
 const MIDDLE_OF_8_BITS: f32 = 128.0;
@@ -38,10 +37,7 @@ pub(crate) fn encode(
         }
         encoded.zero_points.extend(zero_points.chunks(2).map(|pair| pair[0] | pair.get(1).map_or(0, |high| high << 4)));
     }
-    match format.scale {
-        DataType::F16 => extend_with_f16(&mut encoded.scales, &scales),
-        _ => encoded.scales.extend(scales.iter().flat_map(|scale| scale.to_le_bytes())),
-    }
+    extend_with_floats(&mut encoded.scales, format.scale, &scales);
 }
 
 /// A row's importance in whole blocks: even where none is given, none behind the row's end. Each block's is brought to a mean of
@@ -60,8 +56,7 @@ fn padded_blocks(importance: Option<&[f32]>, row_size: usize, block_size: usize)
 
 /// Symmetric around 128; returns the scale.
 fn encode_8_bits(block: &[f32], data: &mut Vec<u8>) -> f32 {
-    let largest = block.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-    let scale = largest / 127.0;
+    let scale = largest(block) / 127.0;
     let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
     data.extend(block.iter().map(|value| (round(value * inverse) + MIDDLE_OF_8_BITS) as u8));
     scale
@@ -77,11 +72,12 @@ struct Grid {
 
 /// Spans tried, as shares of the one between the block's extremes: outliers are cut off where that helps the others.
 const SPANS: [f32; 8] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72];
+
 impl Grid {
     fn of(rounding: Rounding, block: &[f32], importance: &[f32]) -> Self {
         match rounding {
             Rounding::Nearest => Self::between_extremes(block),
-            Rounding::Search => Self::search(block, importance),
+            Rounding::Search => search(block, importance),
         }
     }
 
@@ -91,11 +87,6 @@ impl Grid {
         let scale = (max - min) / MAX_4_BITS;
         let zero_point = if scale > 0.0 { (-min / scale).round_ties_even() } else { 0.0 };
         Self { scale, zero_point }
-    }
-
-    /// See [`search`].
-    fn search(block: &[f32], importance: &[f32]) -> Self {
-        search(block, importance)
     }
 
     fn pack(self, block: &[f32], data: &mut Vec<u8>) {
@@ -189,7 +180,7 @@ mod tests {
             let q = (round(values[5] / grid.scale) + grid.zero_point).clamp(0.0, MAX_4_BITS) - grid.zero_point;
             (values[5] - q * grid.scale).abs()
         };
-        let (even, weighed) = (Grid::search(&values, &[1.0; 32]), Grid::search(&values, &importance));
+        let (even, weighed) = (search(&values, &[1.0; 32]), search(&values, &importance));
         assert!(error_of(weighed) < 0.5 * error_of(even), "{} {}", error_of(weighed), error_of(even));
     }
 
@@ -197,7 +188,7 @@ mod tests {
     fn blocks_of_zeros_and_of_one_value_are_exact() {
         for value in [0.0, 0.3, -0.3] {
             let block = [value; 32];
-            let grid = Grid::search(&block, &[1.0; 32]);
+            let grid = search(&block, &[1.0; 32]);
             let mut data = Vec::new();
             grid.pack(&block, &mut data);
             let q = f32::from(data[0] & 15) - grid.zero_point;
@@ -210,13 +201,8 @@ mod tests {
         let values = numbers(32 * 500);
         let (mut nearest, mut searched) = (0.0, 0.0);
         for block in values.chunks_exact(32) {
-            let (a, b) = (error(Grid::between_extremes(block), block), error(Grid::search(block, &[1.0; 32]), block));
-            assert!(
-                b <= a * 1.001,
-                "{b} > {a}: {:?} {:?}",
-                Grid::between_extremes(block),
-                Grid::search(block, &[1.0; 32])
-            );
+            let (a, b) = (error(Grid::between_extremes(block), block), error(search(block, &[1.0; 32]), block));
+            assert!(b <= a * 1.001, "{b} > {a}: {:?} {:?}", Grid::between_extremes(block), search(block, &[1.0; 32]));
             nearest += a;
             searched += b;
         }

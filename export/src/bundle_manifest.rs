@@ -7,10 +7,9 @@ use sha2::{Digest, Sha256};
 
 use crate::clip::ClipManifest;
 use crate::error::{Error, Result};
-use crate::graph::{DataType, hex, write_hashed};
+use crate::graph::{hex, write_hashed};
 use crate::manifest::{
-    BundleFile, BundleKind, FILE_NAME, FORMAT_VERSION, GraphFile, MAX_BYTES, Manifest, Precision, Saturation, Source,
-    Target, read_at_most,
+    BundleFile, BundleHeader, BundleKind, FILE_NAME, FORMAT_VERSION, GraphFile, MAX_BYTES, Manifest, read_at_most,
 };
 
 /// The manifest of a bundle of either kind.
@@ -21,22 +20,6 @@ pub enum BundleManifest {
     Llava(Box<Manifest>),
     /// That of a CLIP.
     Clip(Box<ClipManifest>),
-}
-
-/// What bundles of all kinds have, with the meaning of the fields of [`Manifest`].
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "the fields are those of `Manifest`")]
-pub struct BundleHeader {
-    pub kind: BundleKind,
-    pub format_version: u32,
-    pub producer: String,
-    pub source: Source,
-    pub precision: Precision,
-    pub vision_precision: Precision,
-    pub activations: DataType,
-    pub reduce_range: bool,
-    pub target: Target,
-    pub fingerprint: String,
 }
 
 impl BundleManifest {
@@ -78,46 +61,19 @@ impl BundleManifest {
         Ok(manifest)
     }
 
-    /// What the bundle does.
+    /// What every bundle has.
     #[must_use]
-    pub fn kind(&self) -> BundleKind {
+    pub fn header(&self) -> &BundleHeader {
         match self {
-            Self::Llava(manifest) => manifest.kind,
-            Self::Clip(manifest) => manifest.kind,
+            Self::Llava(manifest) => &manifest.header,
+            Self::Clip(manifest) => &manifest.header,
         }
     }
 
-    /// What both kinds have.
-    #[must_use]
-    pub fn header(&self) -> BundleHeader {
-        macro_rules! header {
-            ($manifest:expr) => {
-                BundleHeader {
-                    kind: $manifest.kind,
-                    format_version: $manifest.format_version,
-                    producer: $manifest.producer.clone(),
-                    source: $manifest.source.clone(),
-                    precision: $manifest.precision,
-                    vision_precision: $manifest.vision_precision,
-                    activations: $manifest.activations,
-                    reduce_range: $manifest.reduce_range,
-                    target: $manifest.target,
-                    fingerprint: $manifest.fingerprint.clone(),
-                }
-            };
-        }
+    fn header_mut(&mut self) -> &mut BundleHeader {
         match self {
-            Self::Llava(manifest) => header!(manifest),
-            Self::Clip(manifest) => header!(manifest),
-        }
-    }
-
-    /// Operators the graphs are made of.
-    #[must_use]
-    pub fn target(&self) -> Target {
-        match self {
-            Self::Llava(manifest) => manifest.target,
-            Self::Clip(manifest) => manifest.target,
+            Self::Llava(manifest) => &mut manifest.header,
+            Self::Clip(manifest) => &mut manifest.header,
         }
     }
 
@@ -157,44 +113,16 @@ impl BundleManifest {
     /// Every file of the bundle but the manifest.
     #[must_use]
     pub fn files(&self) -> &[BundleFile] {
-        match self {
-            Self::Llava(manifest) => &manifest.files,
-            Self::Clip(manifest) => &manifest.files,
-        }
-    }
-
-    /// Weights outside of fp16's range, where the bundle has fp16 weights.
-    #[must_use]
-    pub fn saturated_weights(&self) -> &[Saturation] {
-        match self {
-            Self::Llava(manifest) => &manifest.saturated_weights,
-            Self::Clip(manifest) => &manifest.saturated_weights,
-        }
-    }
-
-    /// SHA-256 that tells this bundle from others: see [`Manifest::fingerprint`].
-    #[must_use]
-    pub fn fingerprint(&self) -> &str {
-        match self {
-            Self::Llava(manifest) => &manifest.fingerprint,
-            Self::Clip(manifest) => &manifest.fingerprint,
-        }
-    }
-
-    fn source_and_fingerprint(&mut self) -> (&mut Source, &mut String) {
-        match self {
-            Self::Llava(manifest) => (&mut manifest.source, &mut manifest.fingerprint),
-            Self::Clip(manifest) => (&mut manifest.source, &mut manifest.fingerprint),
-        }
+        &self.header().files
     }
 
     /// Writes `manifest.json` into `folder`, with the fingerprint filled in: over everything that decides what the bundle
     /// gives, the files by their hashes and the settings beside them; not the checkpoint's name.
     pub(crate) fn write(mut self, folder: &Path) -> Result<Self> {
         let mut identity = self.clone();
-        identity.source_and_fingerprint().0.name.clear();
+        identity.header_mut().source.name.clear();
         let identity = serde_json::to_vec(&identity).expect("bug: the manifest serialises");
-        *self.source_and_fingerprint().1 = hex(&Sha256::digest(identity));
+        self.header_mut().fingerprint = hex(&Sha256::digest(identity));
         let json = serde_json::to_vec_pretty(&self).expect("bug: the manifest serialises");
         write_hashed(folder, FILE_NAME, &json)?;
         Ok(self)

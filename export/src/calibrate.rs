@@ -8,7 +8,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::DecoderConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::rope::cos_sin_tables;
 
 const PART: Part = Part::Decoder;
@@ -50,11 +50,21 @@ impl Windows {
         Self { token_ids: (0..NUM_RANDOM_WINDOWS * length).map(|_| next()).collect(), length }
     }
 
-    /// The first windows of `token_ids`; what is left over after the last whole one is dropped.
-    pub(crate) fn of_tokens(token_ids: &[u32], config: &DecoderConfig) -> Self {
-        let length = WINDOW.min(config.num_positions()).min(token_ids.len().max(1));
-        let num_windows = (token_ids.len() / length).min(MAX_WINDOWS);
-        Self { token_ids: token_ids[..num_windows * length].to_vec(), length }
+    /// The first windows of `token_ids`; what is left over after the last whole one is dropped, and ids without an embedding
+    /// before.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when nothing is left.
+    pub(crate) fn of_tokens(token_ids: &[u32], config: &DecoderConfig) -> Result<Self> {
+        let known = |id: &u32| (*id as usize) < config.vocab_size;
+        let mut token_ids: Vec<u32> = token_ids.iter().copied().filter(known).collect();
+        if token_ids.is_empty() {
+            let hint = "give a text of a few hundred words";
+            return Err(Error::unsupported("calibration", "a text without tokens of the model", hint));
+        }
+        let length = WINDOW.min(config.num_positions()).min(token_ids.len());
+        token_ids.truncate((token_ids.len() / length).min(MAX_WINDOWS) * length);
+        Ok(Self { token_ids, length })
     }
 }
 
@@ -80,8 +90,7 @@ pub(crate) struct LayerStats {
     pub(crate) mlp_hidden: InputStats,
 }
 
-/// Runs the decoder and hands each layer's statistics to `found`, first layer first. `check` is called between weights and
-/// may end the run.
+/// Runs the decoder; each layer's statistics, first layer first. `check` is called between weights and may end the run.
 ///
 /// # Errors
 /// Those of reading the weights, and what `check` returns.
@@ -119,7 +128,7 @@ impl Forward<'_> {
         let table = self.checkpoint.tensor(PART, "embed_tokens.weight", &[vocab_size, hidden_size])?;
         let mut hidden = Array2::zeros((token_ids.len(), hidden_size));
         for (mut row, &id) in hidden.rows_mut().into_iter().zip(token_ids) {
-            let values = table.rows(id as usize % vocab_size, 1).read_f32()?;
+            let values = table.rows(id as usize, 1).read_f32()?;
             row.iter_mut().zip(values).for_each(|(target, value)| *target = value);
         }
         Ok(hidden)
@@ -269,5 +278,60 @@ impl InputStats {
         let sum = x.fold_axis(Axis(0), 0.0_f32, |sum, value| sum + value * value);
         let mean_square = sum.iter().map(|sum| sum / x.nrows() as f32).collect();
         Self { mean_square, weight_rms: Vec::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::config::LlavaConfig;
+
+    /// Largest difference from transformers, relative to the largest value of the same list.
+    const TOLERANCE: f32 = 1e-5;
+
+    fn assert_close(found: &[f32], expected: &Value, what: &str) {
+        let expected: Vec<f32> = serde_json::from_value(expected.clone()).unwrap();
+        assert_eq!(found.len(), expected.len(), "{what}");
+        let largest = expected.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() <= TOLERANCE * largest, "{what}: {found}, expected {expected}");
+        }
+    }
+
+    /// `scripts/golden/make_calibration.py` makes the goldens.
+    #[test]
+    fn activations_are_those_of_transformers() {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/calibration");
+        let paths: Vec<_> = std::fs::read_dir(data).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(paths.len() >= 4, "{paths:?}");
+        for path in paths {
+            let golden: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            let name = path.file_stem().unwrap().to_str().unwrap();
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/checkpoints").join(name);
+            let lora = Some(folder.join("lora")).filter(|folder| folder.is_dir());
+            let checkpoint = Checkpoint::open(&folder, None, lora.as_deref()).unwrap();
+            let config = LlavaConfig::read(&checkpoint).unwrap();
+            let token_ids: Vec<u32> = serde_json::from_value(golden["token_ids"].clone()).unwrap();
+            let windows = Windows { token_ids, length: golden["length"].as_u64().unwrap() as usize };
+            let layers = run(&checkpoint, &config.decoder, &windows, &|| Ok(())).unwrap();
+            assert_eq!(layers.len(), golden["layers"].as_array().unwrap().len());
+            for (index, (found, expected)) in layers.iter().zip(golden["layers"].as_array().unwrap()).enumerate() {
+                let LayerStats { attention_input, attention_output, mlp_input, mlp_hidden } = found;
+                for (site, found) in [
+                    ("attention_input", attention_input),
+                    ("attention_output", attention_output),
+                    ("mlp_input", mlp_input),
+                    ("mlp_hidden", mlp_hidden),
+                ] {
+                    let what = format!("{name} layer {index} {site}");
+                    assert_close(&found.mean_square, &expected[site]["mean_square"], &what);
+                    assert_close(&found.weight_rms, &expected[site]["weight_rms"], &what);
+                }
+            }
+        }
     }
 }

@@ -50,7 +50,7 @@ impl GraphContents {
             .map_err(|error| invalid(format!("it is damaged or no ONNX graph: {error}")))?;
         let Some(proto) = &model.graph else { return Err(invalid("it holds no graph".to_owned())) };
         check_names(&model).map_err(invalid)?;
-        lint::check(&graph.file, &proto.node, manifest.target())?;
+        lint::check(&graph.file, &proto.node, manifest.header().target)?;
         check_specs("input", &graph.inputs, &proto.input).map_err(invalid)?;
         check_specs("output", &graph.outputs, &proto.output).map_err(invalid)?;
 

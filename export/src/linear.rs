@@ -205,17 +205,13 @@ impl<'c> Linear<'c> {
 
     fn build_as(self, graph: &mut GraphBuilder<'c>, x: &LinearInput, format: LinearFormat) -> (Product, Option<Value>) {
         let Self { name, weight, bias } = self;
+        let bias = bias.map(|bias| float_bias(graph, &name, bias));
         match format {
-            LinearFormat::Float => {
-                let bias = bias.map(|bias| float_bias(graph, &name, bias));
-                (Product { value: gemm(graph, &name, &x.x, weight, bias), name, bias: None }, None)
-            }
+            LinearFormat::Float => (Product { value: gemm(graph, &name, &x.x, weight, bias), name, bias: None }, None),
             LinearFormat::Blocks(blocks) => {
-                let bias = bias.map(|bias| float_bias(graph, &name, bias));
                 (Product { value: matmul_n_bits(graph, &name, &x.x, weight, blocks), name, bias }, None)
             }
             LinearFormat::Int8 { max_weight } => {
-                let bias = bias.map(|bias| float_bias(graph, &name, bias));
                 let (quantized, scale) = x.quantized.as_ref().expect("bug: the input was prepared for floats");
                 let value = q_gemm(graph, &name, quantized, ACTIVATION_ZERO_POINT, weight, max_weight);
                 (Product { value, name, bias }, Some(scale.clone()))

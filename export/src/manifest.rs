@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::bundle_manifest::BundleManifest;
-use crate::config::MAX_DIMENSION;
+use crate::config::{DecoderConfig, MAX_DIMENSION, VisionConfig};
 use crate::error::{Error, Result};
 use crate::graph::{DataType, Dim, hex};
 use crate::precision::{GraphFormat, LinearFormat};
@@ -25,9 +25,9 @@ pub const FILE_NAME: &str = "manifest.json";
 /// Most bytes of a manifest; that of an 80-layer decoder has 0.1 MB.
 pub(crate) const MAX_BYTES: u64 = 16 << 20;
 
-/// The contents of `manifest.json` in a captioner's bundle.
+/// What the manifests of all kinds of bundles have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct BundleHeader {
     /// [`FORMAT_VERSION`] of the writer.
     pub format_version: u32,
     /// What the bundle does.
@@ -36,38 +36,46 @@ pub struct Manifest {
     pub producer: String,
     /// The checkpoint it was made from.
     pub source: Source,
-    /// Precision of the decoder's weights.
+    /// Precision of the weights of what reads tokens: the decoder, or a CLIP's text tower.
     pub precision: Precision,
-    /// Precision of the weights of vision tower and projector.
+    /// Precision of the weights of what reads images: vision tower and projector, or a CLIP's image tower.
     pub vision_precision: Precision,
-    /// Type of the decoder's activations and of its KV cache.
+    /// Type of the activations of what reads tokens, and of a decoder's KV cache. A CLIP's embeddings are f32 in any case.
     pub activations: DataType,
     /// Whether int8 weights keep within 7 bits.
     #[serde(default)]
     pub reduce_range: bool,
     /// Operators the graphs are made of.
     pub target: Target,
-    /// Dimensions of the vision tower.
-    pub vision: VisionDims,
-    /// Dimensions of the decoder.
-    pub decoder: DecoderDims,
     /// How an image becomes `pixel_values`.
     pub preprocessing: Preprocessing,
     /// Type and layout of `pixel_values`.
     pub pixel_values: PixelValues,
+    /// Every file of the bundle but the manifest.
+    pub files: Vec<BundleFile>,
+    /// Weights outside of fp16's range, where the bundle has fp16 weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub saturated_weights: Vec<Saturation>,
+    /// SHA-256 over all of the manifest but the checkpoint's name: the bundle's identity in `run.json`.
+    pub fingerprint: String,
+}
+
+/// The contents of `manifest.json` in a captioner's bundle.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// What every bundle has.
+    #[serde(flatten)]
+    pub header: BundleHeader,
+    /// Dimensions of the vision tower.
+    pub vision: VisionDims,
+    /// Dimensions of the decoder.
+    pub decoder: DecoderDims,
     /// How a prompt becomes token ids.
     pub prompt: PromptSettings,
     /// Ids that end a caption.
     pub stop_token_ids: Vec<u32>,
     /// The graphs, in the order they run.
     pub graphs: Graphs,
-    /// Every file of the bundle but this one.
-    pub files: Vec<BundleFile>,
-    /// Weights outside of fp16's range, where the bundle has fp16 weights.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub saturated_weights: Vec<Saturation>,
-    /// SHA-256 over all of this but the checkpoint's name: the bundle's identity in `run.json`.
-    pub fingerprint: String,
 }
 
 /// What a bundle does.
@@ -201,6 +209,20 @@ pub struct VisionDims {
     pub num_image_tokens: usize,
 }
 
+impl VisionDims {
+    pub(crate) fn of(config: &VisionConfig) -> Self {
+        Self {
+            image_size: config.image_size,
+            patch_size: config.patch_size,
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_layers: config.num_layers(),
+            feature_layers: config.feature_layers.clone(),
+            num_image_tokens: config.num_image_tokens(),
+        }
+    }
+}
+
 /// Dimensions of the decoder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DecoderDims {
@@ -220,6 +242,21 @@ pub struct DecoderDims {
     pub vocab_size: usize,
     /// Longest sequence: prompt, image and caption together.
     pub max_position_embeddings: usize,
+}
+
+impl DecoderDims {
+    pub(crate) fn of(config: &DecoderConfig) -> Self {
+        Self {
+            num_layers: config.num_layers,
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            vocab_size: config.vocab_size,
+            max_position_embeddings: config.num_positions(),
+        }
+    }
 }
 
 /// Type and layout of `pixel_values`.

@@ -1,5 +1,6 @@
 //! Which precision goes with which target, and what that means for each graph.
 
+use crate::ExportOptions;
 use crate::error::{Error, Result};
 use crate::graph::DataType;
 use crate::manifest::{Precision, Target};
@@ -46,29 +47,13 @@ impl LinearFormat {
     }
 }
 
-/// Precision of a bundle, checked.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PrecisionOptions {
-    pub(crate) target: Target,
-    pub(crate) decoder: Precision,
-    pub(crate) vision: Precision,
-    /// Type of the activations around quantised weights.
-    pub(crate) activations: Option<Precision>,
-    pub(crate) rounding: Rounding,
-    pub(crate) reduce_range: bool,
-}
-
-impl PrecisionOptions {
-    /// Formats of the vision tower (with the projector) and of the decoder.
+impl GraphFormat {
+    /// The format of a graph whose weights have `precision`, which need not be the one that `options` name for the decoder.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what CONTRACT's matrix of precisions and targets leaves out.
-    pub(crate) fn resolve(self) -> Result<(GraphFormat, GraphFormat)> {
-        Ok((self.format(self.vision)?, self.format(self.decoder)?))
-    }
-
-    fn format(self, precision: Precision) -> Result<GraphFormat> {
-        let Self { target, activations, rounding, .. } = self;
+    /// [`Error::Unsupported`] for a precision that the target or the activations do not go with.
+    pub(crate) fn of(options: &ExportOptions, precision: Precision) -> Result<Self> {
+        let ExportOptions { target, activations, rounding, reduce_range, .. } = *options;
         let float = match (precision, activations) {
             (Precision::Fp32 | Precision::Int8, None | Some(Precision::Fp32)) => DataType::F32,
             (Precision::Fp16, None | Some(Precision::Fp16)) => DataType::F16,
@@ -96,7 +81,7 @@ impl PrecisionOptions {
         let (linear, head, embedding) = match precision {
             Precision::Fp32 | Precision::Fp16 | Precision::Bf16 => (LinearFormat::Float, LinearFormat::Float, float),
             Precision::Int8 => {
-                let max_weight = if self.reduce_range { 63 } else { 127 };
+                let max_weight = if reduce_range { 63 } else { 127 };
                 (LinearFormat::Int8 { max_weight }, int8_block, DataType::F16)
             }
             Precision::Int8Block => (int8_block, int8_block, DataType::F16),
@@ -104,7 +89,7 @@ impl PrecisionOptions {
         };
         let has_wider_attention = precision == Precision::Int4 && rounding == Rounding::Search;
         let attention_input = if has_wider_attention { int8_block } else { linear };
-        Ok(GraphFormat { target, float, linear, attention_input, head, embedding })
+        Ok(Self { target, float, linear, attention_input, head, embedding })
     }
 }
 

@@ -5,7 +5,7 @@ use std::thread;
 
 use crate::blocks;
 use crate::graph::DataType;
-use crate::tensor::{extend_with_bf16, extend_with_f16, extend_with_f32};
+use crate::tensor::extend_with_floats;
 
 /// How the values of a weight become bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,47 +83,44 @@ impl Encoded {
     }
 }
 
-/// Encodes rows on one core.
-type RowEncoder = fn(Encoding, &[f32], usize, Option<&[f32]>, &mut Encoded);
-
 impl Encoding {
     /// Encodes whole rows of `row_size` values into `encoded`, which is emptied first; `importance` says how much an error in
     /// each of a row's values weighs. Quantisation uses all cores.
     pub(crate) fn encode(self, rows: &[f32], row_size: usize, importance: Option<&[f32]>, encoded: &mut Encoded) {
         encoded.clear();
-        let encode_rows: RowEncoder = match self {
-            Self::Float(DataType::F16) => return extend_with_f16(&mut encoded.data, rows),
-            Self::Float(DataType::BF16) => return extend_with_bf16(&mut encoded.data, rows),
-            Self::Float(_) => return extend_with_f32(&mut encoded.data, rows),
-            Self::Int8Rows { .. } => encode_int8_rows,
-            Self::Blocks(_) => encode_blocks,
-        };
-        let num_threads = thread::available_parallelism().map_or(1, usize::from);
-        let rows_per_thread = (rows.len() / row_size).div_ceil(num_threads).max(1);
-        let mut pieces: Vec<Encoded> = Vec::new();
-        thread::scope(|scope| {
-            let spawn = |piece| {
-                scope.spawn(move || {
-                    let mut encoded = Encoded::default();
-                    encode_rows(self, piece, row_size, importance, &mut encoded);
-                    encoded
-                })
-            };
-            let threads: Vec<_> = rows.chunks(rows_per_thread * row_size).map(spawn).collect();
-            pieces.extend(threads.into_iter().map(|thread| thread.join().expect("bug: encoding panicked")));
-        });
-        pieces.iter_mut().for_each(|piece| encoded.append(piece));
+        match self {
+            Self::Float(data_type) => extend_with_floats(&mut encoded.data, data_type, rows),
+            Self::Int8Rows { max } => {
+                on_all_cores(rows, row_size, encoded, |rows, encoded| encode_int8_rows(max, rows, row_size, encoded));
+            }
+            Self::Blocks(format) => on_all_cores(rows, row_size, encoded, |rows, encoded| {
+                blocks::encode(format, rows, row_size, importance, encoded);
+            }),
+        }
     }
 }
 
-fn encode_int8_rows(
-    encoding: Encoding,
-    rows: &[f32],
-    row_size: usize,
-    _importance: Option<&[f32]>,
-    encoded: &mut Encoded,
-) {
-    let Encoding::Int8Rows { max } = encoding else { unreachable!("bug: {encoding:?} is not int8") };
+/// Gives each core some of the rows.
+fn on_all_cores(rows: &[f32], row_size: usize, encoded: &mut Encoded, encode: impl Fn(&[f32], &mut Encoded) + Sync) {
+    let num_threads = thread::available_parallelism().map_or(1, usize::from);
+    let rows_per_thread = (rows.len() / row_size).div_ceil(num_threads).max(1);
+    thread::scope(|scope| {
+        let encode = &encode;
+        let spawn = |piece| {
+            scope.spawn(move || {
+                let mut encoded = Encoded::default();
+                encode(piece, &mut encoded);
+                encoded
+            })
+        };
+        let threads: Vec<_> = rows.chunks(rows_per_thread * row_size).map(spawn).collect();
+        for thread in threads {
+            encoded.append(&mut thread.join().expect("bug: encoding panicked"));
+        }
+    });
+}
+
+fn encode_int8_rows(max: u8, rows: &[f32], row_size: usize, encoded: &mut Encoded) {
     for row in rows.chunks_exact(row_size) {
         let scale = largest(row) / f32::from(max);
         let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
@@ -132,11 +129,7 @@ fn encode_int8_rows(
     }
 }
 
-fn largest(values: &[f32]) -> f32 {
+/// The largest magnitude.
+pub(crate) fn largest(values: &[f32]) -> f32 {
     values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
-}
-
-fn encode_blocks(encoding: Encoding, rows: &[f32], row_size: usize, importance: Option<&[f32]>, encoded: &mut Encoded) {
-    let Encoding::Blocks(format) = encoding else { unreachable!("bug: {encoding:?} has no blocks") };
-    blocks::encode(format, rows, row_size, importance, encoded);
 }

@@ -7,6 +7,7 @@ use safetensors::Dtype;
 
 use crate::checkpoint::{LowRank, Shard};
 use crate::error::{Error, Result};
+use crate::graph::DataType;
 
 /// Elements converted at a time: 1 MiB of f32, which stays in a core's cache between one step and the next.
 const BLOCK_ELEMENTS: usize = 1 << 18;
@@ -133,23 +134,21 @@ impl StoredTensor<'_> {
     }
 }
 
-/// Bytes of `values` as [`f16`], appended to `bytes`.
-pub(crate) fn extend_with_f16(bytes: &mut Vec<u8>, values: &[f32]) {
-    let mut halves = vec![f16::ZERO; values.len()];
-    halves.convert_from_f32_slice(values);
-    bytes.extend_from_slice(bytemuck::cast_slice(halves.reinterpret_cast()));
-}
-
-/// As [`extend_with_f16`] for [`bf16`], rounding to nearest even.
-pub(crate) fn extend_with_bf16(bytes: &mut Vec<u8>, values: &[f32]) {
-    let mut halves = vec![bf16::ZERO; values.len()];
-    halves.convert_from_f32_slice(values);
-    bytes.extend_from_slice(bytemuck::cast_slice(halves.reinterpret_cast()));
-}
-
-/// As [`extend_with_f16`], unchanged.
-pub(crate) fn extend_with_f32(bytes: &mut Vec<u8>, values: &[f32]) {
-    bytes.extend_from_slice(bytemuck::cast_slice(values));
+/// Appends the bytes of `values` as floats of `data_type`, rounded to nearest even.
+pub(crate) fn extend_with_floats(bytes: &mut Vec<u8>, data_type: DataType, values: &[f32]) {
+    match data_type {
+        DataType::F16 => {
+            let mut halves = vec![f16::ZERO; values.len()];
+            halves.convert_from_f32_slice(values);
+            bytes.extend_from_slice(bytemuck::cast_slice(halves.reinterpret_cast()));
+        }
+        DataType::BF16 => {
+            let mut halves = vec![bf16::ZERO; values.len()];
+            halves.convert_from_f32_slice(values);
+            bytes.extend_from_slice(bytemuck::cast_slice(halves.reinterpret_cast()));
+        }
+        _ => bytes.extend_from_slice(bytemuck::cast_slice(values)),
+    }
 }
 
 #[multiversion::multiversion(targets("x86_64+avx2+fma"))]

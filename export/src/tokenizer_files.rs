@@ -48,20 +48,24 @@ impl TokenizerFiles {
     }
 }
 
+/// Where `tokenizer.json` is: `tokenizer` (a file or a folder), else in the folder `checkpoint`.
+///
+/// # Errors
+/// [`Error::MissingFile`] when the checkpoint has none and none was given.
+pub fn tokenizer_path(checkpoint: &Path, tokenizer: Option<&Path>) -> Result<PathBuf> {
+    match tokenizer {
+        Some(path) if path.is_dir() => Ok(path.join("tokenizer.json")),
+        Some(path) => Ok(path.to_owned()),
+        None => Some(checkpoint.join("tokenizer.json")).filter(|path| path.is_file()).ok_or_else(|| {
+            let hint = "give one with --tokenizer FILE_OR_DIR";
+            Error::MissingFile { checkpoint: checkpoint.to_owned(), what: "tokenizer.json", hint }
+        }),
+    }
+}
+
 /// `tokenizer.json` as its bytes and parsed: `tokenizer` (a file or a folder), else the one in the folder `checkpoint`.
 pub(crate) fn read_tokenizer(checkpoint: &Path, tokenizer: Option<&Path>) -> Result<(Vec<u8>, Value)> {
-    let path = match tokenizer {
-        Some(path) if path.is_dir() => path.join("tokenizer.json"),
-        Some(path) => path.to_owned(),
-        None => checkpoint.join("tokenizer.json"),
-    };
-    if tokenizer.is_none() && !path.is_file() {
-        return Err(Error::MissingFile {
-            checkpoint: checkpoint.to_owned(),
-            what: "tokenizer.json",
-            hint: "give one with --tokenizer FILE_OR_DIR",
-        });
-    }
+    let path = tokenizer_path(checkpoint, tokenizer)?;
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
     let invalid = |reason: String| Error::InvalidConfig { path: path.clone(), reason };
     let json: Value = serde_json::from_slice(&bytes).map_err(|reason| invalid(reason.to_string()))?;

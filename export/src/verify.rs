@@ -62,7 +62,7 @@ impl fmt::Display for FileDifference {
 pub fn verify(bundle: &Path, manifest: &BundleManifest, progress: &mut dyn FnMut(u64)) -> Result<()> {
     let mut differences = Vec::new();
     let mut note = |path: &str, difference| differences.push(FileDifference { path: path.to_owned(), difference });
-    if read_fingerprint(bundle)? != manifest.fingerprint() {
+    if read_fingerprint(bundle)? != manifest.header().fingerprint {
         note(FILE_NAME, Difference::Contents);
     }
     for file in manifest.files() {

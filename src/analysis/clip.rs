@@ -25,7 +25,7 @@ impl Clip {
     /// [`Error::Bundle`] when it is none of kind `clip`, else those of the device and of ONNX Runtime.
     pub fn open(folder: &Path, device: Device, num_threads: usize) -> Result<Self> {
         let manifest = ClipManifest::read(folder)?;
-        check_files(folder, &manifest.files)?;
+        check_files(folder, &manifest.header.files)?;
         let options = SessionOptions { device, num_threads, spin: true };
         let open = |graph: &GraphFile| Session::open(&folder.join(&graph.file), options);
         let (image_tower, text_tower) = (open(&manifest.graphs.image_tower)?, open(&manifest.graphs.text_tower)?);
@@ -44,7 +44,8 @@ impl Clip {
     /// ONNX Runtime's.
     pub fn embed_images(&mut self, images: &[&PixelValues]) -> Result<Vec<f32>> {
         let format = PixelFormat::of_clip(&self.manifest);
-        let mut pixel_values = Buffer::host(self.manifest.pixel_values.dtype, images.len() * format.num_values())?;
+        let mut pixel_values =
+            Buffer::host(self.manifest.header.pixel_values.dtype, images.len() * format.num_values())?;
         images.iter().enumerate().for_each(|(i, image)| image.copy_to(&mut pixel_values, i));
         let pixel_values = pixel_values.view(0, &format.shape(images.len()))?;
         let shape = [images.len(), self.manifest.projection_dim];

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::time::Instant;
 
-use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, Target};
+use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, Target, tokenizer_path};
 
-use crate::cli::{ActivationsArg, ExportArgs, RoundingArg, TargetArg};
+use crate::cli::{ActivationsArg, ExportArgs, PrecisionArg, RoundingArg, TargetArg};
 use crate::commands::Outcome;
 use crate::error::Error;
 use crate::model::Tokenizer;
@@ -50,7 +50,7 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     {
         eprintln!("warning: the checkpoint names no stop token: every caption will have --max-new-tokens tokens");
     }
-    for saturation in manifest.saturated_weights() {
+    for saturation in &manifest.header().saturated_weights {
         eprintln!(
             "warning: {} value(s) of `{}` do not fit fp16 (largest {:e}) and were set to its end; try --precision bf16",
             saturation.count,
@@ -68,23 +68,22 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Success)
 }
 
+/// The calibration asked for; a text is read and tokenised only where the precision learns from it.
 fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
+    let learns = matches!(args.precision, PrecisionArg::Int8 | PrecisionArg::Int8Block | PrecisionArg::Int4);
     let text = match args.calibration.as_str() {
         "none" => return Ok(Calibration::None),
+        _ if !learns => return Ok(Calibration::None),
         "random" => return Ok(Calibration::Random),
         "captions" => CAPTIONS.to_owned(),
         path => std::fs::read_to_string(path).map_err(Error::io("read", Path::new(path)))?,
     };
-    let tokenizer = match &args.tokenizer {
-        Some(path) if path.is_dir() => path.join("tokenizer.json"),
-        Some(path) => path.clone(),
-        None => args.checkpoint.join("tokenizer.json"),
-    };
-    // A checkpoint without a usable tokenizer is refused by the export itself, with its own hint.
-    match Tokenizer::open(&tokenizer) {
-        Ok(tokenizer) => Ok(Calibration::Tokens(tokenizer.encode(&text)?)),
-        Err(_) => Ok(Calibration::Random),
+    // A CLIP in one file learns nothing from text: its export looks for the tokenizer itself.
+    if args.checkpoint.is_file() {
+        return Ok(Calibration::None);
     }
+    let tokenizer = tokenizer_path(&args.checkpoint, args.tokenizer.as_deref())?;
+    Ok(Calibration::Tokens(Tokenizer::open(&tokenizer)?.encode(&text)?))
 }
 
 fn describe(manifest: &BundleManifest) -> String {

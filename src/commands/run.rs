@@ -144,7 +144,7 @@ fn choose_devices(choice: ProviderChoice, args: &RunArgs, bundle: &Bundle) -> Re
         ProviderChoice::TensorRt => (on_gpus(Device::TensorRt), None),
         ProviderChoice::Auto => match provider::probe_cuda() {
             Ok(()) if check_device(Device::Cuda(0), manifest).is_err() => {
-                (on_cpu(), Some(format!("CUDA does not run {} bundles", manifest.precision.name())))
+                (on_cpu(), Some(format!("CUDA does not run {} bundles", manifest.header.precision.name())))
             }
             Ok(()) if decoder_device(Device::Cuda(0), manifest) == Device::Cpu => (
                 on_cpu(),
@@ -174,8 +174,8 @@ fn choose_devices(choice: ProviderChoice, args: &RunArgs, bundle: &Bundle) -> Re
 /// # Errors
 /// [`Error::Setting`] when this processor would sum the bundle's integers wrongly.
 fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
-    let is_int8 = [manifest.precision, manifest.vision_precision].contains(&Precision::Int8);
-    if device != Device::Cpu || !is_int8 || manifest.reduce_range || sums_8_bit_products_exactly() {
+    let is_int8 = [manifest.header.precision, manifest.header.vision_precision].contains(&Precision::Int8);
+    if device != Device::Cpu || !is_int8 || manifest.header.reduce_range || sums_8_bit_products_exactly() {
         return Ok(());
     }
     Err(Error::Setting {
@@ -237,8 +237,8 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
         "recaption": env!("CARGO_PKG_VERSION"),
         "onnxruntime": load_library()?.version,
         "settings": {
-            "model": manifest.source.name,
-            "model_fingerprint": manifest.fingerprint,
+            "model": manifest.header.source.name,
+            "model_fingerprint": manifest.header.fingerprint,
             "prompt": prompt.rendered,
             "template": prompt.template,
             "max_new_tokens": args.max_new_tokens,

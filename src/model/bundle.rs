@@ -22,7 +22,7 @@ impl Bundle {
     /// [`Error::Bundle`] without a readable manifest, [`Error::Setting`] when a file is missing or cut off.
     pub fn open(folder: &Path) -> Result<Self> {
         let manifest = Manifest::read(folder)?;
-        check_files(folder, &manifest.files)?;
+        check_files(folder, &manifest.header.files)?;
         Ok(Self { folder: folder.to_owned(), manifest })
     }
 

@@ -52,7 +52,7 @@ impl CacheShape {
                 num_kv_heads: *num_kv_heads,
                 head_dim: *head_dim,
                 dtype,
-                is_in_place: manifest.target.updates_cache_in_place(),
+                is_in_place: manifest.header.target.updates_cache_in_place(),
             }),
             found => Err(Error::Setting {
                 reason: format!(

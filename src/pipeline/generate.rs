@@ -137,7 +137,7 @@ impl<T> Generator<T> {
         decode.image_index.as_mut_slice::<i64>().fill(IMAGE_INDEX_TEXT);
         Ok(Self {
             cache: KvCache::new(&decoder, CacheShape::of(manifest)?, num_slots, max_length)?,
-            no_features: decoder.device_buffer(manifest.activations, dims.hidden_size)?,
+            no_features: decoder.device_buffer(manifest.header.activations, dims.hidden_size)?,
             decoder,
             dims,
             prompt,

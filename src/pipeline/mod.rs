@@ -173,7 +173,7 @@ fn run_stages(
     finished: &HashMap<String, FinishedShard>,
     progress: &Arc<Progress>,
 ) -> Result<(SourceReport, Counts, u64)> {
-    let preprocessing = &options.bundle.manifest.preprocessing;
+    let preprocessing = &options.bundle.manifest.header.preprocessing;
     let pixel_format = PixelFormat::of(&options.bundle.manifest);
     let max_preprocessed = options.engines.iter().map(|engine| 2 * engine.vision_batch).sum();
     let (records_in, records_out) = bounded(MAX_QUEUED_RECORDS);

@@ -63,13 +63,13 @@ impl PixelFormat {
     /// As the manifest of a captioner says.
     #[must_use]
     pub fn of(manifest: &Manifest) -> Self {
-        Self::new(manifest.pixel_values.layout, &manifest.preprocessing, manifest.vision.patch_size)
+        Self::new(manifest.header.pixel_values.layout, &manifest.header.preprocessing, manifest.vision.patch_size)
     }
 
     /// As the manifest of a CLIP says.
     #[must_use]
     pub fn of_clip(manifest: &ClipManifest) -> Self {
-        Self::new(manifest.pixel_values.layout, &manifest.preprocessing, manifest.image.patch_size)
+        Self::new(manifest.header.pixel_values.layout, &manifest.header.preprocessing, manifest.image.patch_size)
     }
 
     fn new(layout: PixelLayout, preprocessing: &Preprocessing, patch_size: usize) -> Self {

@@ -48,11 +48,13 @@ impl VisionEncoder {
         let vision_type = dtype_of(&manifest.graphs.vision_tower, "vision_features")?;
         let feature_size = vision.hidden_size * vision.feature_layers.len();
         let buffers = Buffers {
-            pixel_values: Buffer::host(manifest.pixel_values.dtype, max_batch * pixel_format.num_values())?,
+            pixel_values: Buffer::host(manifest.header.pixel_values.dtype, max_batch * pixel_format.num_values())?,
             vision_features: tower.device_buffer(vision_type, max_batch * num_image_tokens * feature_size)?,
             image_features: match decoder {
-                Device::Cpu => Buffer::host(manifest.activations, max_batch * num_image_tokens * hidden_size)?,
-                _ => projector.device_buffer(manifest.activations, max_batch * num_image_tokens * hidden_size)?,
+                Device::Cpu => Buffer::host(manifest.header.activations, max_batch * num_image_tokens * hidden_size)?,
+                _ => {
+                    projector.device_buffer(manifest.header.activations, max_batch * num_image_tokens * hidden_size)?
+                }
             },
             pixel_format,
             num_image_tokens,
@@ -115,7 +117,7 @@ fn dtype_of(graph: &GraphFile, output: &str) -> Result<DataType> {
 /// What the decoder runs on where vision runs on `device`. TensorRT does not take ONNX Runtime's fused operators, and the
 /// attention among them has CUDA kernels for fp16 and bf16 only (contrib_ops/cuda/bert/group_query_attention.cc).
 pub(crate) fn decoder_device(device: Device, manifest: &Manifest) -> Device {
-    match (device, manifest.target, manifest.activations) {
+    match (device, manifest.header.target, manifest.header.activations) {
         (Device::Cpu, ..) => Device::Cpu,
         (device, Target::TensorRt, _) => device,
         (_, Target::Ort, DataType::F32) => Device::Cpu,
@@ -126,7 +128,7 @@ pub(crate) fn decoder_device(device: Device, manifest: &Manifest) -> Device {
 /// # Errors
 /// [`Error::Setting`] when `device` has no kernels for the bundle's precision.
 pub(crate) fn check_device(device: Device, manifest: &Manifest) -> Result<()> {
-    let precisions = [manifest.precision, manifest.vision_precision];
+    let precisions = [manifest.header.precision, manifest.header.vision_precision];
     let is_cpu = device == Device::Cpu;
     let refused = precisions.into_iter().find_map(|precision| match (precision, is_cpu) {
         (Precision::Bf16, true) => Some((precision, "use --provider cuda, or export with --precision fp32 or int8")),

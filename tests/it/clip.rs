@@ -25,7 +25,7 @@ fn pixel_values(manifest: &ClipManifest, path: &Path) -> PixelValues {
     let image = load(&std::fs::read(path).unwrap(), &LoadLimits::default()).unwrap();
     let format = PixelFormat::of_clip(manifest);
     let mut pixel_values = format.allocate();
-    Preprocessor::new(manifest.preprocessing.clone()).preprocess(&image, format, &mut pixel_values).unwrap();
+    Preprocessor::new(manifest.header.preprocessing.clone()).preprocess(&image, format, &mut pixel_values).unwrap();
     pixel_values
 }
 
@@ -80,7 +80,10 @@ fn a_checkpoint_under_openai_names_may_be_a_file() {
     let exported = export(&weights, &bundle, &options(Target::Ort)).unwrap();
     assert_eq!(exported, BundleManifest::read(&bundle).unwrap());
     let manifest = ClipManifest::read(&bundle).unwrap();
-    assert_eq!((manifest.source.name.as_str(), manifest.source.layout.as_str()), ("model.safetensors", "openai-clip"));
+    assert_eq!(
+        (manifest.header.source.name.as_str(), manifest.header.source.layout.as_str()),
+        ("model.safetensors", "openai-clip")
+    );
     assert_eq!((manifest.text.context_length, manifest.text.eos), (248, EosRule::LargestId));
 
     let without_tokenizer = ExportOptions::default();

@@ -122,7 +122,7 @@ fn a_bundle_with_other_preprocessing_is_another_model() {
         std::fs::write(&path, config.to_string()).unwrap();
         let out = folder.path().join(format!("{name}-bundle"));
         let manifest = recaption::export::export(&checkpoint, &out, &recaption::export::ExportOptions::default());
-        manifest.unwrap().fingerprint().to_owned()
+        manifest.unwrap().header().fingerprint.clone()
     };
     let first = fingerprint("first", &|_| ());
     assert_eq!(first, fingerprint("first-again", &|_| ()).clone());

@@ -90,7 +90,7 @@ pub(crate) fn pixel_values(bundle: &Bundle, path: &Path) -> PixelValues {
     let image = load(&std::fs::read(path).unwrap(), &LoadLimits::default()).unwrap();
     let format = PixelFormat::of(&bundle.manifest);
     let mut pixel_values = format.allocate();
-    let mut preprocessor = Preprocessor::new(bundle.manifest.preprocessing.clone());
+    let mut preprocessor = Preprocessor::new(bundle.manifest.header.preprocessing.clone());
     preprocessor.preprocess(&image, format, &mut pixel_values).unwrap();
     pixel_values
 }

@@ -47,7 +47,7 @@ impl Copy {
 }
 
 fn layout_of(checkpoint: &str) -> String {
-    Manifest::read(&bundle(&format!("tests/data/checkpoints/{checkpoint}"))).unwrap().source.layout
+    Manifest::read(&bundle(&format!("tests/data/checkpoints/{checkpoint}"))).unwrap().header.source.layout
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn the_manifest_names_the_layout() {
 fn images_are_padded_as_the_original_layout_says_whatever_the_towers_processor() {
     use recaption::export::Geometry;
     let preprocessing =
-        |name: &str| Manifest::read(&bundle(&format!("tests/data/checkpoints/{name}"))).unwrap().preprocessing;
+        |name: &str| Manifest::read(&bundle(&format!("tests/data/checkpoints/{name}"))).unwrap().header.preprocessing;
     let embedded = preprocessing("original-embedded");
     assert_eq!(embedded.geometry, Geometry::Pad { background: [122, 116, 104] });
     assert_eq!((embedded.width, embedded.height), (28, 28));
@@ -115,7 +115,7 @@ fn an_embedded_tower_whose_heads_are_unknown_takes_its_settings_from_a_folder() 
     let mut options = export_options(&copy.path(""));
     let exported = copy.export_with(&options).unwrap();
     let reference = Manifest::read(&bundle("tests/data/checkpoints/lora-original-f16")).unwrap();
-    assert_eq!(exported.files, reference.files, "the same tower, embedded");
+    assert_eq!(exported.header.files, reference.header.files, "the same tower, embedded");
     options.vision_tower = None;
     let error = copy.export_with(&options).unwrap_err().to_string();
     assert!(error.contains("40 wide") && error.contains("--vision-tower"), "{error}");
@@ -236,7 +236,7 @@ fn the_sources_fingerprint_covers_the_tower_and_the_adapter() {
     let fingerprint = |edit: &dyn Fn(&Copy)| {
         let copy = Copy::of("lora-original-f16");
         edit(&copy);
-        copy.try_export().unwrap().source.fingerprint
+        copy.try_export().unwrap().header.source.fingerprint
     };
     let first = fingerprint(&|_| ());
     assert_eq!(first, fingerprint(&|_| ()));
@@ -290,7 +290,7 @@ mod adapters {
         let copy = Copy::of("lora-published-bf16");
         let without = copy.export_with(&ExportOptions::default()).unwrap();
         let with = copy.try_export().unwrap();
-        assert_ne!((&with.files, &with.source), (&without.files, &without.source));
+        assert_ne!((&with.header.files, &with.header.source), (&without.header.files, &without.header.source));
         std::fs::remove_file(copy.path(WEIGHTS)).unwrap();
         assert!(copy.refusal().contains("has no adapter_model.safetensors"));
         std::fs::remove_file(copy.path("lora/adapter_config.json")).unwrap();

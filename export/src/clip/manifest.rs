@@ -6,32 +6,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle_manifest::BundleManifest;
 use crate::error::{Error, Result};
-use crate::graph::DataType;
-use crate::manifest::{BundleFile, BundleKind, GraphFile, PixelValues, Precision, Saturation, Source, Target};
-use crate::processor_config::Preprocessing;
+use crate::manifest::{BundleHeader, BundleKind, GraphFile};
 
 /// The contents of `manifest.json` in a bundle of kind `clip`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClipManifest {
-    /// [`crate::FORMAT_VERSION`] of the writer.
-    pub format_version: u32,
-    /// [`BundleKind::Clip`].
-    pub kind: BundleKind,
-    /// Name and version of the program that wrote it.
-    pub producer: String,
-    /// The checkpoint it was made from.
-    pub source: Source,
-    /// Precision of the text tower's weights.
-    pub precision: Precision,
-    /// Precision of the image tower's weights.
-    pub vision_precision: Precision,
-    /// Type of the text tower's activations; its embeddings are f32 in any case.
-    pub activations: DataType,
-    /// Whether int8 weights keep within 7 bits.
-    #[serde(default)]
-    pub reduce_range: bool,
-    /// Operators the graphs are made of.
-    pub target: Target,
+    /// What every bundle has.
+    #[serde(flatten)]
+    pub header: BundleHeader,
     /// Dimensions of the image tower.
     pub image: ImageDims,
     /// Dimensions of the text tower.
@@ -40,19 +22,8 @@ pub struct ClipManifest {
     pub projection_dim: usize,
     /// What cosine similarities are multiplied by: the exponential of the stored parameter.
     pub logit_scale: f32,
-    /// How an image becomes `pixel_values`.
-    pub preprocessing: Preprocessing,
-    /// Type and layout of `pixel_values`.
-    pub pixel_values: PixelValues,
     /// The graphs.
     pub graphs: ClipGraphs,
-    /// Every file of the bundle but this one.
-    pub files: Vec<BundleFile>,
-    /// Weights outside of fp16's range, where the bundle has fp16 weights.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub saturated_weights: Vec<Saturation>,
-    /// SHA-256 over all of this but the checkpoint's name: the bundle's identity.
-    pub fingerprint: String,
 }
 
 /// Dimensions of an image tower.

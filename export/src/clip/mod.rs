@@ -18,11 +18,12 @@ pub use self::manifest::{ClipGraphs, ClipManifest, EosRule, ImageDims, TextDims}
 use self::config::ClipConfig;
 use crate::bundle_manifest::BundleManifest;
 use crate::error::{Error, Result};
-use crate::graph::{Attribute, DataType, GraphBuilder, Value, write_hashed};
-use crate::manifest::{BundleKind, FORMAT_VERSION, PixelValues, Source};
+use crate::graph::{Attribute, DataType, GraphBuilder, Value};
+use crate::manifest::{BundleKind, Source};
+use crate::output::OutputFolder;
 use crate::processor_config::{Preprocessing, processor_of};
 use crate::tokenizer_files::read_tokenizer;
-use crate::{ExportOptions, OutputFolder, folder_name};
+use crate::{ExportOptions, folder_name};
 
 /// Exports `checkpoint` to a bundle at `bundle_folder`: see [`crate::export`].
 pub(crate) fn export(
@@ -45,57 +46,36 @@ pub(crate) fn export(
     let logit_scale = checkpoint.scalar("logit_scale")?.exp();
     checkpoint.refuse_unused()?;
 
-    let (staging, staged) = output.stage()?;
-    let mut files = vec![write_hashed(&staged, "tokenizer.json", &tokenizer)?];
-    let mut saturated_weights = Vec::new();
-    let mut write = |graph: GraphBuilder<'_>| {
-        let written = graph.write(&staged, &options.cancel)?;
-        files.extend(written.files);
-        saturated_weights.extend(written.saturated);
-        Ok::<_, Error>(written.graph)
+    let mut staged = output.stage()?;
+    staged.write_file("tokenizer.json", &tokenizer)?;
+    let graphs = ClipGraphs {
+        image_tower: staged.write_graph(image_tower, &options.cancel)?,
+        text_tower: staged.write_graph(text_tower, &options.cancel)?,
     };
-    let graphs = ClipGraphs { image_tower: write(image_tower)?, text_tower: write(text_tower)? };
+    let source = Source {
+        name: folder_name(&checkpoint.path),
+        layout: checkpoint.layout.name().to_owned(),
+        fingerprint: checkpoint.fingerprint(),
+    };
+    let header = options.header(BundleKind::Clip, source, preprocessing, (vision_format, text_format));
     let ClipConfig { vision, text, projection_dim } = config;
-    let manifest = ClipManifest {
-        format_version: FORMAT_VERSION,
-        kind: BundleKind::Clip,
-        producer: concat!("recaption ", env!("CARGO_PKG_VERSION")).to_owned(),
-        source: Source {
-            name: folder_name(&checkpoint.path),
-            layout: checkpoint.layout.name().to_owned(),
-            fingerprint: checkpoint.fingerprint(),
-        },
-        precision: options.precision,
-        vision_precision: options.vision_precision(),
-        activations: text_format.float,
-        reduce_range: options.reduce_range,
-        target: options.target,
-        image: ImageDims {
-            image_size: vision.image_size,
-            patch_size: vision.patch_size,
-            hidden_size: vision.hidden_size,
-            num_layers: vision.num_layers(),
-        },
-        text: TextDims {
-            context_length: text.context_length,
-            vocab_size: text.vocab_size,
-            hidden_size: text.encoder.hidden_size,
-            num_layers: text.num_layers,
-            eos: text.eos,
-            pad_token_id: text.pad_token_id,
-        },
-        projection_dim,
-        logit_scale,
-        preprocessing,
-        pixel_values: PixelValues::of_format(vision_format),
-        graphs,
-        files,
-        saturated_weights,
-        fingerprint: String::new(),
+    let image = ImageDims {
+        image_size: vision.image_size,
+        patch_size: vision.patch_size,
+        hidden_size: vision.hidden_size,
+        num_layers: vision.num_layers(),
     };
-    let manifest = BundleManifest::Clip(Box::new(manifest)).write(&staged)?;
-    output.commit(staging)?;
-    Ok(manifest)
+    let text = TextDims {
+        context_length: text.context_length,
+        vocab_size: text.vocab_size,
+        hidden_size: text.encoder.hidden_size,
+        num_layers: text.num_layers,
+        eos: text.eos,
+        pad_token_id: text.pad_token_id,
+    };
+    staged.finish(header, |header| {
+        BundleManifest::Clip(Box::new(ClipManifest { header, image, text, projection_dim, logit_scale, graphs }))
+    })
 }
 
 /// The image processor of the checkpoint's folder, else CLIP's with the tower's size, which is OpenAI's as well.

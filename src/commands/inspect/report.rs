@@ -6,8 +6,8 @@ use std::path::Path;
 use recaption_export::flops::{self, Flops};
 use recaption_export::inspect::GraphContents;
 use recaption_export::{
-    BundleFile, BundleHeader, BundleManifest, ClipManifest, DataType, DecoderDims, DimRange, GraphFile, ImageDims,
-    Manifest, TensorSpec, TextDims, VisionDims,
+    BundleHeader, BundleManifest, ClipManifest, DataType, DecoderDims, DimRange, GraphFile, ImageDims, Manifest,
+    TensorSpec, TextDims, VisionDims,
 };
 use serde::Serialize;
 
@@ -37,7 +37,6 @@ pub(super) struct Report {
     pub(super) captioner: Option<Captioner>,
     #[serde(flatten)]
     pub(super) scorer: Option<Scorer>,
-    pub(super) files: Vec<BundleFile>,
     /// Whether the files were compared by their hashes.
     pub(super) is_verified: bool,
 }
@@ -135,13 +134,12 @@ impl Report {
             BundleManifest::Clip(manifest) => scorer = Some(Scorer::of(manifest)),
         }
         Ok(Self {
-            header: manifest.header(),
+            header: manifest.header().clone(),
             num_parameters: graphs.iter().map(|graph| graph.num_parameters).fold(0, u64::saturating_add),
             num_bytes: manifest.files().iter().map(|file| file.size).fold(0, u64::saturating_add),
             graphs,
             captioner,
             scorer,
-            files: manifest.files().to_vec(),
             is_verified,
         })
     }

@@ -21,7 +21,7 @@ pub(super) fn render(report: &Report) -> String {
         sections.push(arithmetic(flops_per_image, image_tokens));
     }
     if report.is_verified {
-        sections.push(format!("all {} files match\n", report.files.len()));
+        sections.push(format!("all {} files match\n", report.header.files.len()));
     }
     sections.join("\n")
 }
@@ -46,7 +46,7 @@ fn header(report: &Report) -> String {
                 "{} parameters, {} in {} files",
                 count(report.num_parameters),
                 bytes(report.num_bytes),
-                report.files.len()
+                report.header.files.len()
             ),
         ),
     ];
