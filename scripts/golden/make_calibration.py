@@ -1,8 +1,8 @@
 """Writes what transformers finds of decoder activations: the reference of the exporter's calibration pass.
 
-For some of the checkpoints of make_checkpoints.py, seeded token ids go through the language model in windows of
-one length. Layer by layer it notes the mean square of every channel that a linear layer takes, and the root mean
-square of the columns of the weights that take it.
+For some of the checkpoints of make_checkpoints.py, seeded token ids go through the language model in windows
+of one length. Noted are, layer by layer, the mean square of every channel that a linear layer takes, and the
+root mean square of the columns of the weights that take it.
 
     python scripts/golden/make_calibration.py
 """
