@@ -302,6 +302,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_text_gives_whole_windows_of_known_tokens_or_an_error() {
+        let config = serde_json::json!({"model_type": "llava", "text_config": {"vocab_size": 100}});
+        let config = LlavaConfig::from_transformers(&config, Path::new("config.json")).unwrap().decoder;
+        let windows = |ids: &[u32]| Windows::of_tokens(ids, &config);
+        let short = windows(&[5, 100, 6]).unwrap();
+        assert_eq!((short.token_ids, short.length), (vec![5, 6], 2));
+        let long = windows(&vec![7; 3 * WINDOW + 1]).unwrap();
+        assert_eq!((long.token_ids.len(), long.length), (3 * WINDOW, WINDOW));
+        assert_eq!(windows(&vec![7; 100 * WINDOW]).unwrap().token_ids.len(), MAX_WINDOWS * WINDOW);
+        for nothing in [&[][..], &[100, 200]] {
+            assert!(windows(nothing).unwrap_err().to_string().contains("calibration"));
+        }
+    }
+
     /// `scripts/golden/make_calibration.py` makes the goldens.
     #[test]
     fn activations_are_those_of_transformers() {

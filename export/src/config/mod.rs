@@ -276,7 +276,7 @@ impl LlavaConfig {
     }
 
     /// `config.json` as transformers writes it; `path` is only for messages.
-    fn from_transformers(config: &Value, path: &Path) -> Result<Self> {
+    pub(crate) fn from_transformers(config: &Value, path: &Path) -> Result<Self> {
         let raw: RawConfig = parse(config, path)?;
         refuse_other_models(raw.model_type.as_deref(), &["llava"])?;
         refuse_quantised(&[&raw.quantization_config, &raw.text_config.quantization_config])?;
