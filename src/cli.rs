@@ -8,6 +8,7 @@ use recaption_export::Precision;
 
 use crate::model::TemplateChoice;
 use crate::model::prompt::DEFAULT_PROMPT;
+use crate::pipeline::engine::Injection;
 use crate::pipeline::write::Format;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
@@ -254,12 +255,13 @@ pub struct RunArgs {
     pub with_token_ids: bool,
     /// Captions in flight per engine
     ///
-    /// Default: up to 16, as many as fit in a quarter of the free memory. Example: --slots 32
+    /// Default: as many as fit into the memory, up to 16 on a CPU and 256 on a GPU; the first lines of a run show the sum.
+    /// Example: --slots 32
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub slots: Option<u16>,
     /// Most images encoded and prefilled at once
     ///
-    /// Default: 4, or --slots if that is less. Example: --vision-batch 8
+    /// Default: 4 on a CPU, up to 16 on a GPU, or --slots if that is less. Example: --vision-batch 8
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub vision_batch: Option<u16>,
     /// CPU threads for the graphs, shared among the engines
@@ -307,6 +309,28 @@ pub struct RunArgs {
     /// Example: --json
     #[arg(long, requires = "out")]
     pub json: bool,
+    /// Share of a GPU's free memory that may be used
+    ///
+    /// The rest is for what cannot be planned. With --provider cuda or tensorrt. Example: --gpu-memory-utilization 0.8
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = parse_share)]
+    pub gpu_memory_utilization: f64,
+    /// Run decode steps one kernel at a time, not as CUDA graphs
+    ///
+    /// Graphs take memory and some seconds at the start, and make small steps faster. Example: --no-cuda-graphs
+    #[arg(long)]
+    pub no_cuda_graphs: bool,
+    /// Folder where TensorRT keeps the engines it has built
+    ///
+    /// Default: beside the bundle, BUNDLE_DIR.tensorrt. Engines are good for one model, GPU and pair of ONNX Runtime and
+    /// TensorRT: each gets a folder in it. Example: --engine-cache /var/cache/engines
+    #[arg(long, value_name = "DIR")]
+    pub engine_cache: Option<PathBuf>,
+    /// Pad batches as on a GPU, to test it on a CPU
+    #[arg(long, hide = true)]
+    pub fixed_shapes: bool,
+    /// Let ENGINE:STEP[:start|:panic] fail, to test that its images are not lost
+    #[arg(long, hide = true, value_name = "ENGINE:STEP")]
+    pub inject_failure: Option<Injection>,
     /// Panic in STAGE:N, at its item N, to test that a run ends well
     #[arg(long, hide = true, value_name = "STAGE[:N]", value_parser = parse_injection)]
     pub inject_panic: Option<(Stage, usize)>,
@@ -380,6 +404,11 @@ impl From<ProviderArg> for ProviderChoice {
             ProviderArg::Tensorrt => Self::TensorRt,
         }
     }
+}
+
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| format!("expected a number above 0 and up to 1, got `{text}`"))
 }
 
 fn parse_injection(text: &str) -> Result<(Stage, usize), String> {

@@ -37,6 +37,16 @@ pub enum Error {
         /// What to do.
         hint: &'static str,
     },
+    /// The CUDA runtime refused: the GPU is gone, full, or not there.
+    #[error("CUDA, {doing}: {reason} ({status})")]
+    Cuda {
+        /// What was being done.
+        doing: &'static str,
+        /// Its error number.
+        status: i32,
+        /// Its own words.
+        reason: String,
+    },
     /// The bundle's tokenizer does not load or encode.
     #[error("tokenizer `{path}`: {reason}")]
     Tokenizer {

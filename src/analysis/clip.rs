@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::bundle::check_files;
 use crate::pipeline::preprocess::{PixelFormat, PixelValues};
 use crate::runtime::Device;
-use crate::runtime::buffer::{Buffer, TensorView};
+use crate::runtime::block::Block;
 use crate::runtime::session::{Session, SessionOptions};
 
 /// Both towers of a CLIP.
@@ -26,8 +26,8 @@ impl Clip {
     pub fn open(folder: &Path, device: Device, num_threads: usize) -> Result<Self> {
         let manifest = ClipManifest::read(folder)?;
         check_files(folder, &manifest.header.files)?;
-        let options = SessionOptions { device, num_threads, spin: true };
-        let open = |graph: &GraphFile| Session::open(&folder.join(&graph.file), options);
+        let options = SessionOptions::new(device, num_threads)?;
+        let open = |graph: &GraphFile| Session::open(&folder.join(&graph.file), graph, &options);
         let (image_tower, text_tower) = (open(&manifest.graphs.image_tower)?, open(&manifest.graphs.text_tower)?);
         Ok(Self { image_tower, text_tower, manifest })
     }
@@ -44,12 +44,12 @@ impl Clip {
     /// ONNX Runtime's.
     pub fn embed_images(&mut self, images: &[&PixelValues]) -> Result<Vec<f32>> {
         let format = PixelFormat::of_clip(&self.manifest);
-        let mut pixel_values =
-            Buffer::host(self.manifest.header.pixel_values.dtype, images.len() * format.num_values())?;
+        let num_values = images.len() * format.num_values();
+        let mut pixel_values = Block::new(&self.image_tower, &[(self.manifest.header.pixel_values.dtype, num_values)])?;
         images.iter().enumerate().for_each(|(i, image)| image.copy_to(&mut pixel_values, i));
-        let pixel_values = pixel_values.view(0, &format.shape(images.len()))?;
         let shape = [images.len(), self.manifest.projection_dim];
-        run(&mut self.image_tower, ("pixel_values", pixel_values), ("image_embeds", shape))
+        let input = ("pixel_values", pixel_values, format.shape(images.len()));
+        run(&mut self.image_tower, input, ("image_embeds", shape))
     }
 
     /// Embeddings of texts by their token ids, `[texts, projection_dim]`.
@@ -66,25 +66,27 @@ impl Clip {
             });
         }
         // Zeros behind the end of a text have no influence, and are never taken for the end.
-        let mut input_ids = Buffer::host(DataType::I64, texts.len() * length)?;
-        for (row, text) in input_ids.as_mut_slice::<i64>().chunks_exact_mut(length).zip(texts) {
+        let mut input_ids = Block::new(&self.text_tower, &[(DataType::I64, texts.len() * length)])?;
+        for (row, text) in input_ids.tensor_mut::<i64>(0).chunks_exact_mut(length).zip(texts) {
             row.iter_mut().zip(text).for_each(|(id, &token)| *id = i64::from(token));
         }
-        let input_ids = input_ids.view(0, &[texts.len(), length])?;
         let shape = [texts.len(), self.manifest.projection_dim];
-        run(&mut self.text_tower, ("input_ids", input_ids), ("text_embeds", shape))
+        run(&mut self.text_tower, ("input_ids", input_ids, vec![texts.len(), length]), ("text_embeds", shape))
     }
 }
 
 fn run(
     session: &mut Session,
-    (input, tensor): (&str, TensorView),
+    (input, mut tensor, input_shape): (&str, Block, Vec<usize>),
     (output, shape): (&str, [usize; 2]),
 ) -> Result<Vec<f32>> {
-    let embeds = Buffer::host(DataType::F32, shape.iter().product())?;
+    let num_values = shape.iter().product();
+    let mut embeds = Block::new(session, &[(DataType::F32, num_values)])?;
     let mut binding = session.binding()?;
-    binding.bind_host_input(input, tensor)?;
+    binding.bind_input(input, &tensor.view(0, &input_shape)?)?;
     binding.bind_output(output, embeds.view(0, &shape)?)?;
-    session.run(&mut binding)?;
-    Ok(embeds.as_slice::<f32>().to_vec())
+    tensor.send(session)?;
+    session.run(&binding)?;
+    embeds.receive_first(session, num_values)?;
+    Ok(embeds.tensor::<f32>(0).to_vec())
 }

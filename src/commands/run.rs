@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use recaption_export::{Manifest, Precision};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::cli::RunArgs;
 use crate::commands::Outcome;
 use crate::error::{Error, Result};
-use crate::model::kv_cache::CacheShape;
+use crate::model::memory_plan::{DeviceMemory, MemoryPlan, Wanted};
 use crate::model::sequence::StopRule;
 use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
@@ -19,13 +19,20 @@ use crate::pipeline::load::LoadLimits;
 use crate::pipeline::vision::{check_device, decoder_device};
 use crate::pipeline::write::{Format, Sink, write_atomically};
 use crate::pipeline::{RunOptions, Summary};
-use crate::runtime::{Device, ProviderChoice, load_library, provider};
+use crate::runtime::{self, Device, ProviderChoice, load_library, provider};
 
 const SETTINGS_FILE: &str = "run.json";
 const SUMMARY_FILE: &str = "summary.json";
 /// Most captions in flight when the user does not say: on a CPU more bring little.
 const DEFAULT_SLOTS: usize = 16;
 const DEFAULT_VISION_BATCH: usize = 4;
+/// Share of the free memory that a run on the CPU plans for: other programs want some, and page caches.
+const CPU_UTILIZATION: f64 = 0.5;
+/// Most captions in flight on a GPU when the user does not say: beyond, a step takes longer by as much as it does more
+/// (roofline of an H100: 989 TFLOP/s over 3.35 TB/s is 295 tokens a weight read).
+const MAX_GPU_SLOTS: usize = 256;
+/// Most images encoded and prefilled at once there: 16 x 640 tokens fill a GPU, more only make decode steps wait.
+const MAX_GPU_VISION_BATCH: usize = 16;
 
 pub(super) fn execute(args: RunArgs) -> anyhow::Result<Outcome> {
     let (is_quiet, is_json, out, overwrite) = (args.quiet, args.json, args.out.clone(), args.overwrite);
@@ -99,6 +106,7 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
         limit: args.limit,
         with_token_ids: args.with_token_ids,
         quiet: args.quiet,
+        injection: args.inject_failure,
         interrupt: super::interrupt_flag(),
     };
     Ok((options, settings))
@@ -156,6 +164,7 @@ fn choose_devices(choice: ProviderChoice, args: &RunArgs, bundle: &Bundle) -> Re
     };
     let device = devices.first().copied().unwrap_or(Device::Cpu);
     check_device(device, manifest)?;
+    provider::probe(device)?;
     check_cpu(device, manifest)?;
     let decoder = decoder_device(device, manifest);
     let mut line = format!("provider: {}", device.name());
@@ -203,31 +212,87 @@ fn engine_options(
 ) -> Result<Vec<EngineOptions>> {
     let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
     let num_threads = args.threads.map_or(num_cores, usize::from);
-    let max_length = prompt.len(bundle.manifest.vision.num_image_tokens) + stop_rule.max_new_tokens;
-    let bytes_per_slot = CacheShape::of(&bundle.manifest)?.bytes_per_slot(max_length);
-    let num_slots = args.slots.map_or_else(|| default_slots(bytes_per_slot, devices.len()), usize::from);
-    let vision_batch = args.vision_batch.map_or(DEFAULT_VISION_BATCH, usize::from).min(num_slots);
-    let options = |&device: &Device| EngineOptions {
-        device,
-        num_threads: (num_threads / devices.len()).max(1),
-        num_slots,
-        vision_batch,
-        stop_rule: stop_rule.clone(),
+    let prompt_length = prompt.len(bundle.manifest.vision.num_image_tokens);
+    let lengths = (prompt_length, prompt_length + stop_rule.max_new_tokens);
+    let options = |&device: &Device| -> Result<EngineOptions> {
+        let num_engines = devices.iter().filter(|other| other.gpu_index() == device.gpu_index()).count();
+        let plan = MemoryPlan::new(
+            &bundle.manifest,
+            device_memory(args, bundle, device, num_engines)?,
+            wanted(args, device),
+            lengths,
+        )?;
+        if !args.quiet {
+            let MemoryPlan { num_slots, vision_batch, .. } = plan;
+            let line =
+                format!("{device}: {num_slots} captions in flight, {vision_batch} images at once; memory: {plan}");
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
+        let is_gpu = device != Device::Cpu;
+        Ok(EngineOptions {
+            num_threads: (num_threads / devices.len()).max(1),
+            num_slots: plan.num_slots,
+            vision_batch: plan.vision_batch,
+            has_fixed_shapes: is_gpu || args.fixed_shapes,
+            captures_graphs: is_gpu && !args.no_cuda_graphs,
+            memory_limit: is_gpu.then_some(plan.budget_bytes as usize),
+            engine_cache: match device {
+                Device::TensorRt(index) => Some(engine_cache(args, bundle, index)?),
+                Device::Cpu | Device::Cuda(_) => None,
+            },
+            ..EngineOptions::new(device, stop_rule.clone())
+        })
     };
-    Ok(devices.iter().map(options).collect())
+    // Engines on one CPU are alike: one line says it.
+    let mut engines: Vec<EngineOptions> = Vec::new();
+    for device in devices {
+        let like_the_last = engines.last().filter(|engine| engine.device == *device).cloned();
+        engines.push(like_the_last.map_or_else(|| options(device), Ok)?);
+    }
+    Ok(engines)
 }
 
-/// As many slots as fit in a quarter of the free memory, up to [`DEFAULT_SLOTS`].
-fn default_slots(bytes_per_slot: usize, num_engines: usize) -> usize {
-    let Some(free_bytes) = free_memory() else { return DEFAULT_SLOTS };
-    (free_bytes / 4 / num_engines.max(1) / bytes_per_slot.max(1)).clamp(1, DEFAULT_SLOTS)
+/// The memory of `device`, which `num_engines` engines share.
+fn device_memory(args: &RunArgs, bundle: &Bundle, device: Device, num_engines: usize) -> Result<DeviceMemory> {
+    let is_two = matches!(decoder_device(device, &bundle.manifest), Device::TensorRt(_));
+    let (free_bytes, utilization) = match device.gpu_index() {
+        Some(index) => (runtime::free_gpu_memory(index)?, args.gpu_memory_utilization),
+        None => (free_memory().unwrap_or(u64::MAX), CPU_UTILIZATION),
+    };
+    let is_gpu = device != Device::Cpu;
+    Ok(DeviceMemory { free_bytes, utilization, num_engines, is_gpu, has_two_decoders: is_two })
+}
+
+fn wanted(args: &RunArgs, device: Device) -> Wanted {
+    let (max_slots, max_vision_batch) = match device {
+        Device::Cpu => (DEFAULT_SLOTS, DEFAULT_VISION_BATCH),
+        Device::Cuda(_) | Device::TensorRt(_) => (MAX_GPU_SLOTS, MAX_GPU_VISION_BATCH),
+    };
+    Wanted {
+        num_slots: args.slots.map(usize::from),
+        vision_batch: args.vision_batch.map(usize::from),
+        max_slots,
+        max_vision_batch,
+    }
+}
+
+/// The folder of TensorRT's engines: beside the bundle, one for each model, GPU and pair of libraries that they are good for.
+fn engine_cache(args: &RunArgs, bundle: &Bundle, gpu: i32) -> Result<PathBuf> {
+    let root = args.engine_cache.clone().unwrap_or_else(|| {
+        let mut name = bundle.folder.canonicalize().unwrap_or_else(|_| bundle.folder.clone()).into_os_string();
+        name.push(".tensorrt");
+        name.into()
+    });
+    let folder = root.join(runtime::engine_key(&bundle.manifest.header.fingerprint, gpu)?);
+    std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    Ok(folder)
 }
 
 /// `MemAvailable` of Linux; unknown elsewhere.
-fn free_memory() -> Option<usize> {
+fn free_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kilobytes| kilobytes * 1024)
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }
 
 /// `run.json`: what decides the captions. A run into the same folder must agree with it.
@@ -320,6 +385,9 @@ fn describe(summary: &Summary, out: Option<&Path>) -> String {
         summary.images_per_second,
         counts.new_tokens
     )];
+    for failure in &summary.failed_engines {
+        lines.push(format!("{failure}; its images went to the other engines"));
+    }
     if summary.num_earlier_rows > 0 {
         lines.push(format!("{} of the rows are of earlier runs, and were not done again", summary.num_earlier_rows));
     }

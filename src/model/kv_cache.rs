@@ -9,6 +9,7 @@ use recaption_export::{DataType, Dim, Manifest};
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, TensorView};
 use crate::runtime::session::{Binding, Session};
+use crate::runtime::stream::{Rows, Stream};
 
 /// The cache of one engine.
 pub(crate) struct KvCache {
@@ -117,6 +118,11 @@ impl KvCache {
         self.num_swaps % 2
     }
 
+    /// How many values [`Self::parity`] takes.
+    pub(crate) fn num_parities(&self) -> usize {
+        self.shape.num_copies()
+    }
+
     fn view(&self, buffer: &Buffer, first: usize, count: usize) -> Result<TensorView> {
         buffer.view(first * self.slot_size(), &[count, self.shape.num_kv_heads, self.max_length, self.shape.head_dim])
     }
@@ -126,22 +132,18 @@ impl KvCache {
         self.shape.num_kv_heads * self.max_length * self.shape.head_dim
     }
 
-    /// Copies the first `length` tokens of slot `from` into slot `to`.
-    pub(crate) fn move_slot(&mut self, from: usize, to: usize, length: usize) -> Result<()> {
-        let (slot_size, head_size) = (self.slot_size(), self.max_length * self.shape.head_dim);
-        let element_size = self.shape.dtype.size();
-        for buffer in self.current.iter_mut().flatten() {
-            if !buffer.is_host() {
-                buffer.copy_within_device(from * slot_size, to * slot_size, slot_size)?;
-                continue;
-            }
-            let bytes = buffer.as_mut_bytes();
-            for head in 0..self.shape.num_kv_heads {
-                let source = (from * slot_size + head * head_size) * element_size;
-                let target = (to * slot_size + head * head_size) * element_size;
-                bytes.copy_within(source..source + length * self.shape.head_dim * element_size, target);
-            }
-        }
-        Ok(())
+    /// Copies the first `length` tokens of slot `from` into slot `to`, in the order of `stream`.
+    pub(crate) fn move_slot(&mut self, stream: &Stream, from: usize, to: usize, length: usize) -> Result<()> {
+        let token_bytes = self.shape.head_dim * self.shape.dtype.size();
+        let slot_bytes = self.slot_size() * self.shape.dtype.size();
+        let rows = Rows {
+            num_rows: self.shape.num_kv_heads,
+            row_bytes: length * token_bytes,
+            pitch: self.max_length * token_bytes,
+        };
+        self.current
+            .iter_mut()
+            .flatten()
+            .try_for_each(|buffer| stream.copy_rows(buffer, from * slot_bytes, to * slot_bytes, rows))
     }
 }

@@ -1,24 +1,39 @@
 //! An engine: vision, projector, prefill and decode on one thread, taking preprocessed images and giving rows.
 //!
 //! Slots are refilled as soon as they are free: new images are encoded and prefilled between two decode steps. Several
-//! engines may take from one channel.
+//! engines may take from one channel; when one fails, its images go to the others.
+
+mod failing;
+mod returns;
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
+use crossbeam::select;
 
 use crate::error::{Error, Result};
 use crate::model::sequence::{Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
+pub(crate) use crate::pipeline::engine::failing::Failing;
+pub use crate::pipeline::engine::failing::Injection;
+pub(crate) use crate::pipeline::engine::returns::Returns;
 use crate::pipeline::generate::{Generator, GeneratorOptions};
+use crate::pipeline::panic_message;
 use crate::pipeline::preprocess::{PixelValues, PreprocessedImage};
-use crate::pipeline::progress::Progress;
-use crate::pipeline::row::{Generated, Message, Row, RowDraft};
-use crate::pipeline::vision::{VisionEncoder, decoder_device};
-use crate::runtime::provider::Device;
+use crate::pipeline::progress::{Progress, print_line};
+use crate::pipeline::row::{Generated, Message, Row};
+use crate::pipeline::vision::{VisionEncoder, VisionOptions, decoder_device};
 use crate::runtime::session::SessionOptions;
+use crate::runtime::stream::Stream;
+use crate::runtime::{CopyCounts, Device};
 use crate::stage::Stage;
+
+/// Engines that may fail with an image in flight before the image is taken for the cause.
+const MAX_FAILURES: u32 = 2;
 
 /// How an engine is set up.
 #[derive(Clone, Debug)]
@@ -33,9 +48,36 @@ pub struct EngineOptions {
     pub vision_batch: usize,
     /// When captions end.
     pub stop_rule: StopRule,
+    /// Batches are padded to few sizes, as GPUs want it.
+    pub has_fixed_shapes: bool,
+    /// Decode steps are captured as CUDA graphs.
+    pub captures_graphs: bool,
+    /// Most bytes that each session takes of a GPU's memory.
+    pub memory_limit: Option<usize>,
+    /// Folder for the engines that TensorRT builds.
+    pub engine_cache: Option<PathBuf>,
 }
 
-/// A captioner on one thread.
+impl EngineOptions {
+    /// One caption at a time on one thread of the CPU, or on a GPU with what it needs to be fast.
+    #[must_use]
+    pub fn new(device: Device, stop_rule: StopRule) -> Self {
+        let is_gpu = device != Device::Cpu;
+        Self {
+            device,
+            num_threads: 1,
+            num_slots: 1,
+            vision_batch: 1,
+            stop_rule,
+            has_fixed_shapes: is_gpu,
+            captures_graphs: is_gpu,
+            memory_limit: None,
+            engine_cache: None,
+        }
+    }
+}
+
+/// The graphs of one captioner and the captions in flight; `T` is what a caption is about.
 pub struct Engine<T> {
     vision: VisionEncoder,
     generator: Generator<T>,
@@ -47,17 +89,37 @@ impl<T> Engine<T> {
     /// # Errors
     /// When the device does not work, a graph does not load, or memory is short.
     pub fn open(bundle: &Bundle, prompt: &Prompt, options: &EngineOptions) -> Result<Self> {
-        // Of an engine's sessions only the decoder's threads spin: the token loop is what they must not be late for.
-        let session = |device, spin| SessionOptions { device, num_threads: options.num_threads, spin };
-        let vision_batch = options.vision_batch.min(options.num_slots);
         let decoder = decoder_device(options.device, &bundle.manifest);
-        let vision = VisionEncoder::open(bundle, session(options.device, false), decoder, vision_batch)?;
+        let stream = Stream::open(options.device)?;
+        // TensorRT's kernels and CUDA's go into one stream, so that nothing waits between vision and prefill.
+        let is_one_device = decoder.gpu_index() == options.device.gpu_index();
+        let decoder_stream = if is_one_device { stream.clone() } else { Stream::open(decoder)? };
+        // Of an engine's sessions only the decoder's threads spin: the token loop is what they must not be late for.
+        let session = |device: Device, stream, spin| SessionOptions {
+            num_threads: options.num_threads,
+            spin,
+            stream,
+            memory_limit: options.memory_limit,
+            captures_graphs: options.captures_graphs && matches!(device, Device::Cuda(_)),
+            engine_cache: options.engine_cache.clone(),
+            device,
+            dims: Default::default(),
+        };
+        let vision_batch = options.vision_batch.min(options.num_slots);
+        let vision_options = VisionOptions {
+            session: session(options.device, stream, false),
+            decoder,
+            max_batch: vision_batch,
+            has_fixed_shapes: options.has_fixed_shapes,
+        };
         let generator_options = GeneratorOptions {
             num_slots: options.num_slots,
             max_prefill_batch: vision_batch,
             stop_rule: options.stop_rule.clone(),
+            has_fixed_shapes: options.has_fixed_shapes,
         };
-        let generator = Generator::open(bundle, session(decoder, true), prompt, generator_options)?;
+        let vision = VisionEncoder::open(bundle, vision_options)?;
+        let generator = Generator::open(bundle, &session(decoder, decoder_stream, true), prompt, generator_options)?;
         Ok(Self { vision, generator })
     }
 
@@ -73,10 +135,114 @@ impl<T> Engine<T> {
         let features = self.vision.encode(pixel_values.iter().copied())?;
         self.generator.prefill_logits(pixel_values.len(), &features)
     }
+
+    /// Starts a caption for each image, `subjects` telling them apart, and takes its first token.
+    ///
+    /// # Errors
+    /// ONNX Runtime's.
+    ///
+    /// # Panics
+    /// With more images than free slots or than the vision batch.
+    pub fn start(&mut self, mut subjects: Vec<T>, pixel_values: &[&PixelValues]) -> Result<()> {
+        let features = self.vision.encode(pixel_values.iter().copied())?;
+        self.generator.prefill(&mut subjects, &features)
+    }
+
+    /// Moves every caption in flight one token on, and takes out those that have ended.
+    ///
+    /// # Errors
+    /// ONNX Runtime's.
+    pub fn step(&mut self) -> Result<Vec<Sequence<T>>> {
+        self.generator.decode()?;
+        self.generator.take_finished()
+    }
+
+    /// What has gone between host and device.
+    #[must_use]
+    pub fn copy_counts(&self) -> CopyCounts {
+        self.generator.copy_counts()
+    }
 }
 
-/// Where an engine's rows go, and when it should stop.
+/// What the engine's loop drives. Whatever fails, the images that were given to it come back through
+/// [`Captioner::abandon`].
+pub(crate) trait Captioner: Send {
+    fn num_free_slots(&self) -> usize;
+    /// Most images that [`Captioner::start`] takes at once.
+    fn max_batch(&self) -> usize;
+    fn num_active(&self) -> usize;
+    /// Encodes and prefills; calls `enter` before each stage.
+    fn start(&mut self, images: Vec<PreprocessedImage>, enter: &dyn Fn(Stage)) -> Result<()>;
+    /// One token for every caption in flight.
+    fn decode(&mut self) -> Result<()>;
+    fn take_finished(&mut self) -> Result<Vec<Sequence<PreprocessedImage>>>;
+    /// Gives back every image that has no row yet.
+    fn abandon(&mut self) -> Vec<PreprocessedImage>;
+}
+
+/// The engine of a run.
+pub(crate) struct ImageCaptioner {
+    engine: Engine<PreprocessedImage>,
+    /// Images that are being encoded or prefilled.
+    starting: Vec<PreprocessedImage>,
+    /// Whether another engine may have to caption them again.
+    keeps_pixels: bool,
+}
+
+impl ImageCaptioner {
+    pub(crate) fn new(engine: Engine<PreprocessedImage>, keeps_pixels: bool) -> Self {
+        Self { engine, starting: Vec::new(), keeps_pixels }
+    }
+}
+
+impl Captioner for ImageCaptioner {
+    fn num_free_slots(&self) -> usize {
+        self.engine.generator.num_free_slots()
+    }
+
+    fn max_batch(&self) -> usize {
+        self.engine.vision.max_batch()
+    }
+
+    fn num_active(&self) -> usize {
+        self.engine.generator.num_active()
+    }
+
+    fn start(&mut self, images: Vec<PreprocessedImage>, enter: &dyn Fn(Stage)) -> Result<()> {
+        let failed = |stage| move |source: Error| Error::Stage { stage, source: Box::new(source) };
+        self.starting = images;
+        enter(Stage::Vision);
+        let pixels = self.starting.iter().map(|image| image.pixel_values.values());
+        let features = self.engine.vision.encode(pixels).map_err(failed(Stage::Vision))?;
+        enter(Stage::Prefill);
+        if !self.keeps_pixels {
+            self.starting.iter_mut().for_each(|image| image.pixel_values.give_back());
+        }
+        let images = &mut self.starting;
+        self.engine.generator.prefill(images, &features).map_err(failed(Stage::Prefill))
+    }
+
+    fn decode(&mut self) -> Result<()> {
+        let failed = |source| Error::Stage { stage: Stage::Decode, source: Box::new(source) };
+        self.engine.generator.decode().map_err(failed)
+    }
+
+    fn take_finished(&mut self) -> Result<Vec<Sequence<PreprocessedImage>>> {
+        let failed = |source| Error::Stage { stage: Stage::Decode, source: Box::new(source) };
+        self.engine.generator.take_finished().map_err(failed)
+    }
+
+    fn abandon(&mut self) -> Vec<PreprocessedImage> {
+        let mut images = std::mem::take(&mut self.starting);
+        images.extend(self.engine.generator.abandon());
+        images
+    }
+}
+
+/// Where an engine's images come from and its rows go, and when it should stop.
 pub(crate) struct EngineChannels<'a> {
+    /// `engine 1 on cuda 0`
+    pub(crate) name: String,
     pub(crate) images: Receiver<PreprocessedImage>,
     pub(crate) rows: Sender<Message>,
     /// Another stage failed: what is in flight is lost anyway.
@@ -84,84 +250,119 @@ pub(crate) struct EngineChannels<'a> {
     pub(crate) progress: &'a Progress,
     /// The stage at work, for the message should it panic.
     pub(crate) stage: &'a Cell<Stage>,
+    /// Engines that failed, and why.
+    pub(crate) failures: &'a Mutex<Vec<String>>,
 }
 
-/// Captions images until the channel is closed and empty.
+impl EngineChannels<'_> {
+    fn enter(&self, stage: Stage) {
+        self.stage.set(stage);
+        stage.enter();
+    }
+}
+
+/// Captions images until the channel is closed and empty, and no other engine can send any more back. When the captioner
+/// fails and others are left, they get its images.
 ///
 /// # Errors
-/// ONNX Runtime's: the engine is unusable then.
-pub(crate) fn run(mut engine: Engine<RowDraft>, channels: &EngineChannels<'_>) -> Result<()> {
-    let enter = |stage: Stage| {
-        channels.stage.set(stage);
-        stage.enter();
+/// The captioner's, when it is the last.
+pub(crate) fn run(
+    mut captioner: Box<dyn Captioner>,
+    channels: &EngineChannels<'_>,
+    mut returns: Returns,
+) -> Result<()> {
+    let outcome = catch_unwind(AssertUnwindSafe(|| caption(&mut *captioner, channels, &mut returns)));
+    if matches!(outcome, Ok(Ok(()))) {
+        return Ok(());
+    }
+    if returns.is_last_engine() || channels.abort.load(Ordering::Relaxed) {
+        return outcome.unwrap_or_else(|panic| resume_unwind(panic));
+    }
+    let reason = match outcome {
+        Ok(result) => result.err().map(|error| error.to_string()).unwrap_or_default(),
+        Err(panic) => format!("{} stage panicked: {}", channels.stage.get(), panic_message(panic.as_ref())),
     };
-    let mut is_open = true;
-    while is_open || engine.generator.num_active() > 0 {
-        if channels.abort.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let images;
-        (images, is_open) = next_batch(&engine, &channels.images, is_open);
-        if !images.is_empty() {
-            enter(Stage::Vision);
-            let failed = |stage| move |source: Error| Error::Stage { stage, source: Box::new(source) };
-            let pixels = images.iter().map(|image| image.pixel_values.values());
-            let features = engine.vision.encode(pixels).map_err(failed(Stage::Vision))?;
-            enter(Stage::Prefill);
-            let drafts = images.into_iter().map(|image| image.draft).collect();
-            engine.generator.prefill(drafts, &features).map_err(failed(Stage::Prefill))?;
-            send_finished(&mut engine.generator, Stage::Prefill, channels)?;
-        }
-        if engine.generator.num_active() > 0 {
-            enter(Stage::Decode);
-            let failed = |source| Error::Stage { stage: Stage::Decode, source: Box::new(source) };
-            engine.generator.decode().map_err(failed)?;
-            channels.progress.add_tokens(engine.generator.num_active());
-            send_finished(&mut engine.generator, Stage::Decode, channels)?;
+    let images = captioner.abandon();
+    let failure = format!("{} failed: {reason}", channels.name);
+    print_line(&format!("warning: {failure}; the other engines go on with its {} images in flight", images.len()));
+    channels.failures.lock().expect("bug: no engine panics with the lock held").push(failure);
+    for mut image in images {
+        image.num_failures += 1;
+        if image.num_failures < MAX_FAILURES {
+            returns.give(image);
+        } else {
+            let reason = format!("{MAX_FAILURES} engines failed with it: {reason}");
+            // A closed channel means that the write stage failed.
+            let _ = channels.rows.send(image.draft.fail(channels.stage.get(), reason).into());
         }
     }
+    // The device may be gone: freeing what is on it can end the process.
+    std::mem::forget(captioner);
     Ok(())
 }
 
-/// Images for the free slots, as many as are ready; waits only when there is nothing to decode. The flag says whether
-/// more may come.
-fn next_batch(
-    engine: &Engine<RowDraft>,
-    images: &Receiver<PreprocessedImage>,
-    is_open: bool,
-) -> (Vec<PreprocessedImage>, bool) {
-    let wanted = engine.generator.num_free_slots().min(engine.vision.max_batch());
-    let mut batch = Vec::with_capacity(wanted);
-    if !is_open || wanted == 0 {
-        return (batch, is_open);
-    }
-    if engine.generator.num_active() == 0 {
-        match images.recv() {
-            Ok(image) => batch.push(image),
-            Err(_) => return (batch, false),
+fn caption(captioner: &mut dyn Captioner, channels: &EngineChannels<'_>, returns: &mut Returns) -> Result<()> {
+    loop {
+        if channels.abort.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let images = next_batch(captioner, &channels.images, returns);
+        if images.is_empty() && captioner.num_active() == 0 {
+            return Ok(());
+        }
+        if !images.is_empty() {
+            captioner.start(images, &|stage| channels.enter(stage))?;
+            send_finished(captioner, Stage::Prefill, channels)?;
+        }
+        if captioner.num_active() > 0 {
+            channels.enter(Stage::Decode);
+            captioner.decode()?;
+            channels.progress.add_tokens(captioner.num_active());
+            send_finished(captioner, Stage::Decode, channels)?;
         }
     }
-    while batch.len() < wanted {
-        match images.try_recv() {
-            Ok(image) => batch.push(image),
-            Err(TryRecvError::Empty) => break,
-            Err(TryRecvError::Disconnected) => return (batch, false),
-        }
-    }
-    (batch, true)
 }
 
-fn send_finished(generator: &mut Generator<RowDraft>, stage: Stage, channels: &EngineChannels<'_>) -> Result<()> {
-    let finished = generator.take_finished().map_err(|source| Error::Stage { stage, source: Box::new(source) })?;
-    for sequence in finished {
+/// Images for the free slots, as many as are ready; waits only when there is nothing to decode. None at the end.
+fn next_batch(
+    captioner: &dyn Captioner,
+    images: &Receiver<PreprocessedImage>,
+    returns: &mut Returns,
+) -> Vec<PreprocessedImage> {
+    let wanted = captioner.num_free_slots().min(captioner.max_batch());
+    let mut batch = Vec::with_capacity(wanted);
+    while batch.len() < wanted {
+        if let Some(image) = returns.take() {
+            batch.push(image);
+            continue;
+        }
+        let must_wait = batch.is_empty() && captioner.num_active() == 0;
+        match images.try_recv() {
+            Ok(image) => batch.push(image),
+            Err(TryRecvError::Empty) if must_wait => select! {
+                recv(images) -> image => batch.extend(image),
+                recv(returns.receiver()) -> returned => batch.extend(returned.map(|returned| returns.accept(returned))),
+            },
+            Err(TryRecvError::Empty) => break,
+            Err(TryRecvError::Disconnected) => {
+                batch.extend(if must_wait { returns.wait() } else { None });
+                break;
+            }
+        }
+    }
+    batch
+}
+
+fn send_finished(captioner: &mut dyn Captioner, stage: Stage, channels: &EngineChannels<'_>) -> Result<()> {
+    for sequence in captioner.take_finished()? {
         // A closed channel means that the write stage failed; the abort flag ends this stage.
         let _ = channels.rows.send(row(sequence, stage).into());
     }
     Ok(())
 }
 
-fn row(sequence: Sequence<RowDraft>, stage: Stage) -> Row {
-    let Sequence { subject: draft, token_ids, finish_reason, .. } = sequence;
+fn row(sequence: Sequence<PreprocessedImage>, stage: Stage) -> Row {
+    let Sequence { subject: PreprocessedImage { draft, .. }, token_ids, finish_reason, .. } = sequence;
     match finish_reason {
         Some(finish_reason) => Row { draft, outcome: Ok(Generated { token_ids, finish_reason }) },
         None => draft.fail(stage, format!("the logits of token {} are NaN or infinite", token_ids.len() + 1)),

@@ -5,15 +5,19 @@
 //! decode runs over `0..n` without gaps. A caption does not depend on its slot or its neighbours.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
-use recaption_export::{DataType, DecoderDims, IMAGE_INDEX_TEXT};
+use recaption_export::{DataType, DecoderDims, DimRange, IMAGE_INDEX_TEXT};
 
 use crate::error::Result;
+use crate::model::batch_steps::BatchSteps;
 use crate::model::kv_cache::{CacheShape, CacheUse, KvCache};
 use crate::model::sequence::{Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
+use crate::runtime::block::Block;
 use crate::runtime::buffer::{Buffer, TensorView};
 use crate::runtime::session::{Binding, Session, SessionOptions};
+use crate::runtime::{CopyCounts, Device};
 
 /// Limits of one generator.
 #[derive(Clone, Debug)]
@@ -22,16 +26,21 @@ pub(crate) struct GeneratorOptions {
     /// Most captions prefilled at once.
     pub(crate) max_prefill_batch: usize,
     pub(crate) stop_rule: StopRule,
+    /// Decode steps have few shapes, and say the longest length there can be: what a captured graph must have.
+    pub(crate) has_fixed_shapes: bool,
 }
 
 /// The decoder of one engine, with the captions in flight; `T` is what a caption is about.
 pub(crate) struct Generator<T> {
-    decoder: Session,
+    decoder: Decoder,
     dims: DecoderDims,
     cache: KvCache,
     prompt: PromptPositions,
     stop_rule: StopRule,
     num_slots: usize,
+    decode_steps: BatchSteps,
+    /// What a decode step says as the longest sequence, unless it says the truth.
+    fixed_total: Option<usize>,
     prefill: StepBuffers,
     decode: StepBuffers,
     /// By batch and by the cache's parity.
@@ -39,6 +48,59 @@ pub(crate) struct Generator<T> {
     /// One row that decode steps bind as `image_features`, and never read.
     no_features: Buffer,
     active: Vec<Sequence<T>>,
+}
+
+/// The decoder's graph: once, or on TensorRT twice, since an engine is built for one range of shapes.
+struct Decoder {
+    prefill: Session,
+    decode: Option<Session>,
+}
+
+impl Decoder {
+    fn open(bundle: &Bundle, session: &SessionOptions, sizes: DecoderSizes) -> Result<Self> {
+        let graph = &bundle.manifest.graphs.decoder;
+        let open = |dims| {
+            let options = SessionOptions { dims, ..session.clone() };
+            Session::open(&bundle.graph_path(graph), graph, &options)
+        };
+        let DecoderSizes { num_slots, max_prefill_batch, prompt, max_length, num_image_tokens } = sizes;
+        let dims = |batch, sequence, rows: DimRange| {
+            let range = |min, max| DimRange { min, opt: max, max };
+            let (batch, sequence, max_length) =
+                (range(1, batch), range(sequence, sequence), range(max_length, max_length));
+            let names = ["batch", "sequence", "max_length", "rows"].map(str::to_owned);
+            names.into_iter().zip([batch, sequence, max_length, rows]).collect()
+        };
+        let rows = DimRange {
+            min: num_image_tokens,
+            opt: max_prefill_batch * num_image_tokens,
+            max: max_prefill_batch * num_image_tokens,
+        };
+        let prefill = open(dims(max_prefill_batch, prompt, rows))?;
+        let decode = match session.device {
+            Device::TensorRt(_) => Some(open(dims(num_slots, 1, DimRange { min: 1, opt: 1, max: 1 }))?),
+            Device::Cpu | Device::Cuda(_) => None,
+        };
+        Ok(Self { prefill, decode })
+    }
+
+    fn decode(&self) -> &Session {
+        self.decode.as_ref().unwrap_or(&self.prefill)
+    }
+
+    fn decode_mut(&mut self) -> &mut Session {
+        self.decode.as_mut().unwrap_or(&mut self.prefill)
+    }
+}
+
+/// Sizes that a decoder is opened for, in captions and tokens.
+#[derive(Clone, Copy)]
+struct DecoderSizes {
+    num_slots: usize,
+    max_prefill_batch: usize,
+    prompt: usize,
+    max_length: usize,
+    num_image_tokens: usize,
 }
 
 /// The prompt with the image in it, position by position.
@@ -66,88 +128,117 @@ impl PromptPositions {
     }
 }
 
-/// Host memory of one kind of decoder run.
+/// What one kind of decoder run takes from the host, and gives it.
 struct StepBuffers {
-    /// `[batch, sequence]`
-    input_ids: Buffer,
-    /// `[batch, sequence]`
-    image_index: Buffer,
-    /// `[batch]`: tokens of each sequence after this run, less one.
-    seqlens_k: Buffer,
-    /// `[]`: the longest of them, not less one; bound where the decoder has that input.
+    /// The tensors at [`SEQLENS_K`], [`INPUT_IDS`] and [`IMAGE_INDEX`].
+    inputs: Block,
+    /// `[]`: the longest of the sequences after this run; on the host, where the attention reads it. Bound where the decoder
+    /// has that input.
     total_sequence_length: Buffer,
     has_total: bool,
-    /// `[batch]`
-    next_ids: Buffer,
+    /// `next_ids`, `[batch]`.
+    next_ids: Block,
     sequence: usize,
 }
 
+/// `[batch]`: tokens of each sequence after this run, less one.
+const SEQLENS_K: usize = 0;
+/// `[batch, sequence]`
+const INPUT_IDS: usize = 1;
+/// `[batch, sequence]`
+const IMAGE_INDEX: usize = 2;
+
 impl StepBuffers {
-    fn new(max_batch: usize, sequence: usize, has_total: bool) -> Result<Self> {
+    fn new(decoder: &Session, max_batch: usize, sequence: usize, has_total: bool) -> Result<Self> {
+        let num_tokens = max_batch * sequence;
+        let inputs = [(DataType::I32, max_batch), (DataType::I64, num_tokens), (DataType::I64, num_tokens)];
+        let mut inputs = Block::new(decoder, &inputs)?;
+        inputs.tensor_mut::<i64>(IMAGE_INDEX).fill(IMAGE_INDEX_TEXT);
         Ok(Self {
-            input_ids: Buffer::host(DataType::I64, max_batch * sequence)?,
-            image_index: Buffer::host(DataType::I64, max_batch * sequence)?,
-            seqlens_k: Buffer::host(DataType::I32, max_batch)?,
+            inputs,
             total_sequence_length: Buffer::host(DataType::I32, 1)?,
             has_total,
-            next_ids: Buffer::host(DataType::I64, max_batch)?,
+            next_ids: Block::new(decoder, &[(DataType::I64, max_batch)])?,
             sequence,
         })
     }
 
     fn bind(&self, binding: &mut Binding, batch: usize) -> Result<()> {
         let tokens = [batch, self.sequence];
-        binding.bind_host_input("input_ids", self.input_ids.view(0, &tokens)?)?;
-        binding.bind_host_input("image_index", self.image_index.view(0, &tokens)?)?;
-        binding.bind_host_input("seqlens_k", self.seqlens_k.view(0, &[batch])?)?;
+        binding.bind_input("input_ids", &self.inputs.view(INPUT_IDS, &tokens)?)?;
+        binding.bind_input("image_index", &self.inputs.view(IMAGE_INDEX, &tokens)?)?;
+        binding.bind_input("seqlens_k", &self.inputs.view(SEQLENS_K, &[batch])?)?;
         if self.has_total {
-            binding.bind_host_input("total_sequence_length", self.total_sequence_length.view(0, &[])?)?;
+            binding.bind_input("total_sequence_length", &self.total_sequence_length.view(0, &[])?)?;
         }
         binding.bind_output("next_ids", self.next_ids.view(0, &[batch])?)
     }
 
-    fn set_lengths(&mut self, lengths: impl Iterator<Item = usize>) {
+    /// Says how long each sequence is after the run, and the longest: `fixed_total`, or what is true.
+    fn set_lengths(&mut self, lengths: impl Iterator<Item = usize>, fixed_total: Option<usize>) {
         let mut longest = 0;
-        for (seqlen, length) in self.seqlens_k.as_mut_slice::<i32>().iter_mut().zip(lengths) {
+        for (seqlen, length) in self.inputs.tensor_mut::<i32>(SEQLENS_K).iter_mut().zip(lengths) {
             longest = longest.max(length);
             *seqlen = length as i32 - 1;
         }
-        self.total_sequence_length.as_mut_slice::<i32>()[0] = longest as i32;
+        self.total_sequence_length.part_mut::<i32>(0, 1)[0] = fixed_total.unwrap_or(longest) as i32;
     }
 }
 
 impl<T> Generator<T> {
-    /// Loads the decoder and allocates its cache.
+    /// Loads the decoder, allocates its cache, and captures its decode steps where the session does that.
     pub(crate) fn open(
         bundle: &Bundle,
-        session: SessionOptions,
+        session: &SessionOptions,
         prompt: &Prompt,
         options: GeneratorOptions,
     ) -> Result<Self> {
         let manifest = &bundle.manifest;
         let dims = manifest.decoder.clone();
-        let decoder = Session::open(&bundle.graph_path(&manifest.graphs.decoder), session)?;
         let prompt = PromptPositions::new(prompt, manifest.vision.num_image_tokens);
         let max_length = prompt.len() + options.stop_rule.max_new_tokens;
-        let GeneratorOptions { num_slots, max_prefill_batch, stop_rule } = options;
+        let GeneratorOptions { num_slots, max_prefill_batch, stop_rule, has_fixed_shapes } = options;
+        let num_image_tokens = manifest.vision.num_image_tokens;
+        let sizes = DecoderSizes { num_slots, max_prefill_batch, prompt: prompt.len(), max_length, num_image_tokens };
+        let decoder = Decoder::open(bundle, session, sizes)?;
         let inputs = &manifest.graphs.decoder.inputs;
         let has_total = inputs.iter().any(|input| input.name == "total_sequence_length");
-        let prefill = StepBuffers::new(max_prefill_batch, prompt.len(), has_total)?;
-        let mut decode = StepBuffers::new(num_slots, 1, has_total)?;
-        decode.image_index.as_mut_slice::<i64>().fill(IMAGE_INDEX_TEXT);
-        Ok(Self {
-            cache: KvCache::new(&decoder, CacheShape::of(manifest)?, num_slots, max_length)?,
-            no_features: decoder.device_buffer(manifest.header.activations, dims.hidden_size)?,
+        let mut generator = Self {
+            cache: KvCache::new(decoder.decode(), CacheShape::of(manifest)?, num_slots, max_length)?,
+            no_features: decoder.decode().device_buffer(manifest.header.activations, dims.hidden_size)?,
+            prefill: StepBuffers::new(&decoder.prefill, max_prefill_batch, prompt.len(), has_total)?,
+            decode: StepBuffers::new(decoder.decode(), num_slots, 1, has_total)?,
             decoder,
             dims,
             prompt,
             stop_rule,
             num_slots,
-            prefill,
-            decode,
+            decode_steps: if has_fixed_shapes {
+                BatchSteps::for_capture(num_slots)
+            } else {
+                BatchSteps::exact(num_slots)
+            },
+            fixed_total: has_fixed_shapes.then_some(max_length),
             decode_bindings: HashMap::new(),
             active: Vec::with_capacity(num_slots),
-        })
+        };
+        generator.capture()?;
+        Ok(generator)
+    }
+
+    /// Runs each decode step once, so that it is captured now: while a graph is captured no other thread of the process may
+    /// allocate on a GPU. The largest first, so that the smaller ones find the memory they need.
+    fn capture(&mut self) -> Result<()> {
+        if !self.decoder.decode().captures_graphs() {
+            return Ok(());
+        }
+        for batch in self.decode_steps.clone().iter().rev() {
+            for _ in 0..self.cache.num_parities() {
+                self.run_decode(batch)?;
+                self.cache.advance();
+            }
+        }
+        Ok(())
     }
 
     /// Slots that no caption is in.
@@ -161,12 +252,12 @@ impl<T> Generator<T> {
     }
 
     /// Starts a caption for each of `subjects`, whose features are in `image_features` one after the other, and takes
-    /// its first token.
-    pub(crate) fn prefill(&mut self, subjects: Vec<T>, image_features: &TensorView) -> Result<()> {
+    /// its first token. They are taken out only when that worked.
+    pub(crate) fn prefill(&mut self, subjects: &mut Vec<T>, image_features: &TensorView) -> Result<()> {
         let batch = self.run_prefill(subjects.len(), image_features, None)?;
         let length = self.prompt.len();
-        let next_ids = self.prefill.next_ids.as_slice::<i64>();
-        for (subject, &next_id) in subjects.into_iter().zip(&next_ids[..batch]) {
+        let next_ids = &self.prefill.next_ids.tensor::<i64>(0)[..batch];
+        for (subject, &next_id) in subjects.drain(..).zip(next_ids) {
             let mut sequence = Sequence::new(subject, length);
             sequence.push(next_id, &self.stop_rule);
             self.active.push(sequence);
@@ -176,9 +267,11 @@ impl<T> Generator<T> {
 
     /// Logits of each image's first caption token, `[batch, vocab]`, without starting a caption.
     pub(crate) fn prefill_logits(&mut self, batch: usize, image_features: &TensorView) -> Result<Vec<f32>> {
-        let logits = Buffer::host(DataType::F32, batch * self.dims.vocab_size)?;
+        let num_logits = batch * self.dims.vocab_size;
+        let mut logits = Block::new(&self.decoder.prefill, &[(DataType::F32, num_logits)])?;
         self.run_prefill(batch, image_features, Some(logits.view(0, &[batch, self.dims.vocab_size])?))?;
-        Ok(logits.as_slice::<f32>().to_vec())
+        logits.receive_first(&self.decoder.prefill, num_logits)?;
+        Ok(logits.tensor::<f32>(0).to_vec())
     }
 
     /// Runs the decoder over the prompt in the slots behind the active ones. All prompts have one length: no padding.
@@ -186,54 +279,80 @@ impl<T> Generator<T> {
         assert!(batch <= self.num_free_slots(), "bug: prefill of {batch} into {} slots", self.num_free_slots());
         let PromptPositions { input_ids, image_index, num_image_tokens } = &self.prompt;
         let length = input_ids.len();
-        let ids = self.prefill.input_ids.as_mut_slice::<i64>();
+        let ids = self.prefill.inputs.tensor_mut::<i64>(INPUT_IDS);
         ids.chunks_exact_mut(length).take(batch).for_each(|ids| ids.copy_from_slice(input_ids));
-        let indices = self.prefill.image_index.as_mut_slice::<i64>();
+        let indices = self.prefill.inputs.tensor_mut::<i64>(IMAGE_INDEX);
         for (image, indices) in indices.chunks_exact_mut(length).take(batch).enumerate() {
             let first_row = (image * num_image_tokens) as i64;
             for (target, &index) in indices.iter_mut().zip(image_index) {
                 *target = if index >= 0 { first_row + index } else { index };
             }
         }
-        self.prefill.set_lengths(std::iter::repeat_n(length, batch));
+        self.prefill.set_lengths(std::iter::repeat_n(length, batch), None);
 
-        let mut binding = self.decoder.binding()?;
+        let session = &mut self.decoder.prefill;
+        let mut binding = session.binding()?;
         self.prefill.bind(&mut binding, batch)?;
         binding.bind_input("image_features", image_features)?;
         self.cache.bind(&mut binding, self.active.len(), batch, CacheUse::Prefill)?;
         if let Some(logits) = logits {
             binding.bind_output("logits", logits)?;
         }
-        self.decoder.run(&mut binding)?;
+        self.prefill.inputs.send(session)?;
+        session.run(&binding)?;
+        self.prefill.next_ids.receive_first(session, batch)?;
         Ok(batch)
     }
 
     /// Moves every active caption one token on. Call [`Self::take_finished`] before: an ended caption has no next token.
     pub(crate) fn decode(&mut self) -> Result<()> {
-        let batch = self.active.len();
-        let ids = self.decode.input_ids.as_mut_slice::<i64>();
+        let num_active = self.active.len();
+        let ids = self.decode.inputs.tensor_mut::<i64>(INPUT_IDS);
         for (id, sequence) in ids.iter_mut().zip(&self.active) {
             *id = i64::from(*sequence.token_ids.last().expect("bug: an active caption has its first token"));
         }
-        self.decode.set_lengths(self.active.iter().map(|sequence| sequence.cached_length + 1));
-        let binding = match self.decode_bindings.entry((batch, self.cache.parity())) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                let mut binding = self.decoder.binding()?;
+        let batch = self.decode_steps.at_least(num_active);
+        // The free slots among them write their first position, where nothing of worth lies.
+        let lengths = self.active.iter().map(|sequence| sequence.cached_length + 1);
+        let parked = std::iter::repeat_n(1, batch - num_active);
+        self.decode.set_lengths(lengths.chain(parked), self.fixed_total);
+        self.run_decode(batch)?;
+        self.cache.advance();
+        let session = self.decoder.decode();
+        self.decode.next_ids.receive_first(session, num_active)?;
+        for (sequence, &next_id) in self.active.iter_mut().zip(self.decode.next_ids.tensor::<i64>(0)) {
+            sequence.cached_length += 1;
+            sequence.push(next_id, &self.stop_rule);
+        }
+        Ok(())
+    }
+
+    /// Runs the decoder over slots `0..batch`, on what the host has put into `self.decode`.
+    fn run_decode(&mut self, batch: usize) -> Result<()> {
+        let parity = self.cache.parity();
+        let binding = match self.decode_bindings.entry((batch, parity)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let mut binding = self.decoder.decode().binding()?;
                 self.decode.bind(&mut binding, batch)?;
                 binding.bind_input("image_features", &self.no_features.view(0, &[1, self.dims.hidden_size])?)?;
                 self.cache.bind(&mut binding, 0, batch, CacheUse::Decode)?;
                 entry.insert(binding)
             }
         };
-        self.decoder.run(binding)?;
-        self.cache.advance();
-        let next_ids = self.decode.next_ids.as_slice::<i64>();
-        for (sequence, &next_id) in self.active.iter_mut().zip(&next_ids[..batch]) {
-            sequence.cached_length += 1;
-            sequence.push(next_id, &self.stop_rule);
-        }
-        Ok(())
+        let session = self.decoder.decode_mut();
+        self.decode.inputs.send(session)?;
+        session.run_captured(binding, 2 * batch + parity)
+    }
+
+    /// What has gone between host and device for the decoder.
+    pub(crate) fn copy_counts(&self) -> CopyCounts {
+        self.decoder.decode().stream().counts()
+    }
+
+    /// Gives up all captions in flight.
+    pub(crate) fn abandon(&mut self) -> Vec<T> {
+        self.active.drain(..).map(|sequence| sequence.subject).collect()
     }
 
     /// Takes the captions that have ended out of their slots and closes the gaps.
@@ -249,7 +368,7 @@ impl<T> Generator<T> {
             // The last one may have ended too: then there is nothing worth moving.
             if slot != last && !self.active[last].is_finished() {
                 let length = self.active[last].cached_length;
-                self.cache.move_slot(last, slot, length)?;
+                self.cache.move_slot(self.decoder.decode().stream(), last, slot, length)?;
             }
             finished.push(self.active.swap_remove(slot));
         }

@@ -35,13 +35,14 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::model::{Bundle, Prompt, Tokenizer};
-use crate::pipeline::engine::{Engine, EngineChannels, EngineOptions};
+use crate::pipeline::engine::{
+    Captioner, Engine, EngineChannels, EngineOptions, Failing, ImageCaptioner, Injection, Returns,
+};
 use crate::pipeline::input::Input;
 use crate::pipeline::load::LoadLimits;
 use crate::pipeline::pool::BufferPool;
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
-use crate::pipeline::row::RowDraft;
 use crate::pipeline::source::{SourceChannels, SourceOptions, SourceReport};
 use crate::pipeline::write::{Counts, FinishedShard, Sink, WriteOptions};
 use crate::stage::Stage;
@@ -77,6 +78,8 @@ pub struct RunOptions {
     pub with_token_ids: bool,
     /// Show no progress.
     pub quiet: bool,
+    /// An engine that is to fail, for tests.
+    pub injection: Option<Injection>,
     /// Raised by the user: finish what is in flight, then end.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -99,6 +102,9 @@ pub struct Summary {
     /// Inputs that could not be read to their end, or hold no image, and why; their shards are not written.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damaged_inputs: Vec<String>,
+    /// Engines that failed, and why; their images went to the others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub failed_engines: Vec<String>,
     /// The user ended the run before its input was read to the end.
     #[serde(skip)]
     pub is_interrupted: bool,
@@ -110,7 +116,7 @@ pub struct Summary {
 /// A run whose model is loaded.
 pub struct LoadedRun {
     options: RunOptions,
-    engines: Vec<Engine<RowDraft>>,
+    engines: Vec<Box<dyn Captioner>>,
     tokenizer: Tokenizer,
     load_seconds: f64,
 }
@@ -122,11 +128,17 @@ pub struct LoadedRun {
 pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
     let started = Instant::now();
     let tokenizer = Tokenizer::open(&options.bundle.tokenizer_path())?;
-    let engines = options
-        .engines
-        .iter()
-        .map(|engine| Engine::open(&options.bundle, &options.prompt, engine))
-        .collect::<Result<Vec<Engine<RowDraft>>>>()?;
+    let keeps_pixels = options.engines.len() > 1;
+    let open = |(i, engine): (usize, &EngineOptions)| -> Result<Box<dyn Captioner>> {
+        let engine = Engine::open(&options.bundle, &options.prompt, engine)?;
+        let captioner = Box::new(ImageCaptioner::new(engine, keeps_pixels));
+        let injection = options.injection.filter(|injection| injection.engine == i);
+        Ok(match injection {
+            Some(injection) => Box::new(Failing::new(captioner, injection)),
+            None => captioner,
+        })
+    };
+    let engines = options.engines.iter().enumerate().map(open).collect::<Result<Vec<_>>>()?;
     let load_seconds = started.elapsed().as_secs_f64();
     Ok(LoadedRun { options, engines, tokenizer, load_seconds })
 }
@@ -141,7 +153,8 @@ impl LoadedRun {
         let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
         let finished = write::finished_shards(&options.sink, prompt_tokens)?;
         let progress = Arc::new(Progress::new());
-        let (report, committed, num_discarded) = run_stages(&options, engines, tokenizer, &finished, &progress)?;
+        let stages = run_stages(&options, engines, tokenizer, &finished, &progress)?;
+        let StagesReport { source: report, committed, num_discarded, failed_engines } = stages;
         let run_seconds = progress.elapsed().as_secs_f64();
         let mut counts = committed;
         finished.values().for_each(|shard| counts.add(shard.counts));
@@ -152,6 +165,7 @@ impl LoadedRun {
             images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
             num_earlier_rows: finished.values().map(|shard| shard.counts.rows).sum(),
             damaged_inputs: report.damaged.iter().map(describe_damage).collect(),
+            failed_engines,
             is_interrupted: report.is_cut_short,
             num_discarded,
         })
@@ -166,13 +180,21 @@ fn describe_damage(error: &Error) -> String {
     }
 }
 
+/// What the stages leave when all of them have ended well.
+struct StagesReport {
+    source: SourceReport,
+    committed: Counts,
+    num_discarded: u64,
+    failed_engines: Vec<String>,
+}
+
 fn run_stages(
     options: &RunOptions,
-    engines: Vec<Engine<RowDraft>>,
+    engines: Vec<Box<dyn Captioner>>,
     tokenizer: Tokenizer,
     finished: &HashMap<String, FinishedShard>,
     progress: &Arc<Progress>,
-) -> Result<(SourceReport, Counts, u64)> {
+) -> Result<StagesReport> {
     let preprocessing = &options.bundle.manifest.header.preprocessing;
     let pixel_format = PixelFormat::of(&options.bundle.manifest);
     let max_preprocessed = options.engines.iter().map(|engine| 2 * engine.vision_batch).sum();
@@ -194,6 +216,7 @@ fn run_stages(
         prompt_tokens: options.prompt.len(options.bundle.manifest.vision.num_image_tokens),
     };
     let supervisor = Supervisor::default();
+    let failures = Mutex::new(Vec::new());
     if !options.quiet {
         let num_finished = finished.values().map(|shard| shard.counts.rows).sum();
         count_in_background(options, num_finished, Arc::clone(progress));
@@ -230,12 +253,16 @@ fn run_stages(
                 })
             })?;
         }
-        for (i, engine) in engines.into_iter().enumerate() {
+        let failures = &failures;
+        let returns = Returns::for_engines(engines.len());
+        for (i, (engine, returns)) in engines.into_iter().zip(returns).enumerate() {
             let (images, rows) = (preprocessed_out.clone(), rows_in.clone());
+            let name = format!("engine {i} on {}", options.engines[i].device);
             spawn(scope, format!("engine-{i}"), move || {
                 let stage = Cell::new(Stage::Vision);
-                let channels = EngineChannels { images, rows, abort: &supervisor.abort, progress, stage: &stage };
-                supervisor.watch_at(&stage, || engine::run(engine, &channels))
+                let abort = &supervisor.abort;
+                let channels = EngineChannels { name, images, rows, abort, progress, stage: &stage, failures };
+                supervisor.watch_at(&stage, || engine::run(engine, &channels, returns))
             })?;
         }
         // The stages hold the only ends from here on, so that each closes its output by ending.
@@ -249,8 +276,9 @@ fn run_stages(
     if let Some(failure) = supervisor.failure.into_inner().expect("bug: no stage panics with the lock held") {
         return Err(failure);
     }
-    let (report, (committed, num_discarded)) = result.expect("bug: a stage ended without a result or a failure");
-    Ok((report, committed, num_discarded))
+    let (source, (committed, num_discarded)) = result.expect("bug: a stage ended without a result or a failure");
+    let failed_engines = failures.into_inner().expect("bug: no engine panics with the lock held");
+    Ok(StagesReport { source, committed, num_discarded, failed_engines })
 }
 
 /// Ends what goes on beside the stages when the scope is left, however it is left.

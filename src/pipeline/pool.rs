@@ -43,6 +43,14 @@ impl PooledBuffer {
         &self.values
     }
 
+    /// Gives the memory back before the buffer is dropped; it is empty then.
+    pub(crate) fn give_back(&mut self) {
+        let values = std::mem::replace(&mut self.values, PixelValues::U8(Vec::new()));
+        if !values.is_empty() {
+            let _ = self.free.push(values);
+        }
+    }
+
     pub(crate) fn values_mut(&mut self) -> &mut PixelValues {
         &mut self.values
     }
@@ -50,6 +58,6 @@ impl PooledBuffer {
 
 impl Drop for PooledBuffer {
     fn drop(&mut self) {
-        let _ = self.free.push(std::mem::replace(&mut self.values, PixelValues::U8(Vec::new())));
+        self.give_back();
     }
 }

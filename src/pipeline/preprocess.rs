@@ -19,13 +19,15 @@ use crate::pipeline::pool::{BufferPool, PooledBuffer};
 use crate::pipeline::preprocess::axis::AxisPlan;
 use crate::pipeline::preprocess::resample::{Passes, Pixels, Region, algorithm};
 use crate::pipeline::row::{Message, RowDraft};
-use crate::runtime::buffer::Buffer;
+use crate::runtime::block::Block;
 use crate::stage::Stage;
 
 /// An image ready for the vision tower.
 pub(crate) struct PreprocessedImage {
     pub(crate) draft: RowDraft,
     pub(crate) pixel_values: PooledBuffer,
+    /// Engines that failed while they had it.
+    pub(crate) num_failures: u32,
 }
 
 /// `pixel_values` of one image.
@@ -38,14 +40,21 @@ pub enum PixelValues {
 }
 
 impl PixelValues {
-    /// Copies the values to where image `index` of a batch belongs.
-    pub(crate) fn copy_to(&self, batch: &mut Buffer, index: usize) {
+    pub(crate) fn is_empty(&self) -> bool {
+        match self {
+            Self::F32(values) => values.is_empty(),
+            Self::U8(values) => values.is_empty(),
+        }
+    }
+
+    /// Copies the values to where image `index` of a batch belongs in the only tensor of `batch`.
+    pub(crate) fn copy_to(&self, batch: &mut Block, index: usize) {
         fn place<T>(values: &mut [T], index: usize, length: usize) -> &mut [T] {
             &mut values[index * length..(index + 1) * length]
         }
         match self {
-            Self::F32(values) => place(batch.as_mut_slice(), index, values.len()).copy_from_slice(values),
-            Self::U8(values) => place(batch.as_mut_slice(), index, values.len()).copy_from_slice(values),
+            Self::F32(values) => place(batch.tensor_mut(0), index, values.len()).copy_from_slice(values),
+            Self::U8(values) => place(batch.tensor_mut(0), index, values.len()).copy_from_slice(values),
         }
     }
 }
@@ -118,7 +127,7 @@ pub(crate) fn run(
         Stage::Preprocess.enter();
         let mut pixel_values = pool.take();
         let is_sent = match preprocessor.preprocess(&image, pool.format(), pixel_values.values_mut()) {
-            Ok(()) => preprocessed.send(PreprocessedImage { draft, pixel_values }).is_ok(),
+            Ok(()) => preprocessed.send(PreprocessedImage { draft, pixel_values, num_failures: 0 }).is_ok(),
             Err(reason) => rows.send(draft.fail(Stage::Preprocess, reason).into()).is_ok(),
         };
         // A closed channel means that the run is failing elsewhere.

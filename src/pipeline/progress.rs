@@ -118,7 +118,7 @@ impl Progress {
 }
 
 /// To standard error; whether anybody reads it is not the run's concern.
-fn print_line(line: &str) {
+pub(crate) fn print_line(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 

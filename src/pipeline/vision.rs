@@ -3,12 +3,15 @@
 //! The features stay where the sessions put them, one row per image token, and go from here into prefill.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
-use recaption_export::{DataType, GraphFile, Manifest, Precision, Target};
+use recaption_export::{DataType, DimRange, GraphFile, Manifest, Precision, Target};
 
 use crate::error::{Error, Result};
 use crate::model::Bundle;
+use crate::model::batch_steps::BatchSteps;
 use crate::pipeline::preprocess::{PixelFormat, PixelValues};
+use crate::runtime::block::Block;
 use crate::runtime::buffer::{Buffer, TensorView};
 use crate::runtime::provider::Device;
 use crate::runtime::session::{Binding, Session, SessionOptions};
@@ -20,48 +23,70 @@ pub(crate) struct VisionEncoder {
     buffers: Buffers,
     /// Bindings of tower and projector, by batch.
     bindings: HashMap<usize, (Binding, Binding)>,
+    batch_steps: BatchSteps,
     max_batch: usize,
 }
 
 struct Buffers {
-    /// `[max_batch, …]`, on the host.
-    pixel_values: Buffer,
+    /// `[max_batch, …]`
+    pixel_values: Block,
     /// `[max_batch, num_image_tokens, feature_size]`
     vision_features: Buffer,
     /// `[max_batch * num_image_tokens, hidden]`
     image_features: Buffer,
+    /// The same on the host, where the decoder runs there and vision does not.
+    host_features: Option<Buffer>,
     pixel_format: PixelFormat,
     num_image_tokens: usize,
     feature_size: usize,
     hidden_size: usize,
 }
 
+/// How a vision encoder is set up.
+pub(crate) struct VisionOptions {
+    pub(crate) session: SessionOptions,
+    /// Where the features are wanted.
+    pub(crate) decoder: Device,
+    pub(crate) max_batch: usize,
+    /// Batches are padded to a few sizes.
+    pub(crate) has_fixed_shapes: bool,
+}
+
 impl VisionEncoder {
-    /// Loads both graphs; `decoder` is where the features are wanted.
-    pub(crate) fn open(bundle: &Bundle, options: SessionOptions, decoder: Device, max_batch: usize) -> Result<Self> {
+    /// Loads both graphs.
+    pub(crate) fn open(bundle: &Bundle, options: VisionOptions) -> Result<Self> {
+        let VisionOptions { session, decoder, max_batch, has_fixed_shapes } = options;
         let manifest = &bundle.manifest;
-        let tower = Session::open(&bundle.graph_path(&manifest.graphs.vision_tower), options)?;
-        let projector = Session::open(&bundle.graph_path(&manifest.graphs.projector), options)?;
+        let num_image_tokens = manifest.vision.num_image_tokens;
+        let sizes = |max| DimRange { min: max / max_batch, opt: max, max };
+        let dims = [("batch", sizes(max_batch)), ("rows", sizes(max_batch * num_image_tokens))];
+        let dims = dims.map(|(name, sizes)| (name.to_owned(), sizes)).into();
+        let session = SessionOptions { dims, captures_graphs: false, ..session };
+        let open = |graph: &GraphFile| Session::open(&bundle.graph_path(graph), graph, &session);
+        let (tower, projector) = (open(&manifest.graphs.vision_tower)?, open(&manifest.graphs.projector)?);
         let (vision, hidden_size) = (&manifest.vision, manifest.decoder.hidden_size);
-        let num_image_tokens = vision.num_image_tokens;
         let pixel_format = PixelFormat::of(manifest);
         let vision_type = dtype_of(&manifest.graphs.vision_tower, "vision_features")?;
         let feature_size = vision.hidden_size * vision.feature_layers.len();
+        let num_features = max_batch * num_image_tokens * hidden_size;
+        let is_apart = decoder == Device::Cpu && session.device != Device::Cpu;
         let buffers = Buffers {
-            pixel_values: Buffer::host(manifest.header.pixel_values.dtype, max_batch * pixel_format.num_values())?,
+            pixel_values: Block::new(
+                &tower,
+                &[(manifest.header.pixel_values.dtype, max_batch * pixel_format.num_values())],
+            )?,
             vision_features: tower.device_buffer(vision_type, max_batch * num_image_tokens * feature_size)?,
-            image_features: match decoder {
-                Device::Cpu => Buffer::host(manifest.header.activations, max_batch * num_image_tokens * hidden_size)?,
-                _ => {
-                    projector.device_buffer(manifest.header.activations, max_batch * num_image_tokens * hidden_size)?
-                }
-            },
+            image_features: projector.device_buffer(manifest.header.activations, num_features)?,
+            host_features: is_apart
+                .then(|| projector.staging_buffer(manifest.header.activations, num_features))
+                .transpose()?,
             pixel_format,
             num_image_tokens,
             feature_size,
             hidden_size,
         };
-        Ok(Self { tower, projector, buffers, bindings: HashMap::new(), max_batch })
+        let batch_steps = if has_fixed_shapes { BatchSteps::doubling(max_batch) } else { BatchSteps::exact(max_batch) };
+        Ok(Self { tower, projector, buffers, bindings: HashMap::new(), batch_steps, max_batch })
     }
 
     /// Most images of one batch.
@@ -69,22 +94,31 @@ impl VisionEncoder {
         self.max_batch
     }
 
-    /// Encodes a batch; row `i * num_image_tokens + t` of the result is token `t` of image `i`.
+    /// Encodes a batch; row `i * num_image_tokens + t` of the result is token `t` of image `i`. On a GPU the result is not
+    /// there yet, but will be when the next run of the same stream begins.
     pub(crate) fn encode<'a>(&mut self, images: impl ExactSizeIterator<Item = &'a PixelValues>) -> Result<TensorView> {
-        let batch = images.len();
+        let num_images = images.len();
         let buffers = &mut self.buffers;
         for (i, image) in images.enumerate() {
             image.copy_to(&mut buffers.pixel_values, i);
         }
+        // Behind the images of this batch lie those of earlier ones, or zeros: their features are not read.
+        let batch = self.batch_steps.at_least(num_images);
         let (tower, projector) = match self.bindings.entry(batch) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(buffers.bind(&self.tower, &self.projector, batch)?)
-            }
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(buffers.bind(&self.tower, &self.projector, batch)?),
         };
+        buffers.pixel_values.send_first(&self.tower, num_images * buffers.pixel_format.num_values())?;
         self.tower.run(tower)?;
         self.projector.run(projector)?;
-        buffers.features(batch)
+        let shape = [num_images * buffers.num_image_tokens, buffers.hidden_size];
+        let Some(host_features) = &mut buffers.host_features else {
+            return buffers.image_features.view(0, &shape);
+        };
+        let num_bytes = host_features.num_bytes() / self.max_batch * num_images;
+        self.projector.stream().download(&buffers.image_features, host_features, num_bytes)?;
+        self.projector.stream().synchronize()?;
+        host_features.view(0, &shape)
     }
 }
 
@@ -92,16 +126,13 @@ impl Buffers {
     fn bind(&self, tower: &Session, projector: &Session, batch: usize) -> Result<(Binding, Binding)> {
         let features = || self.vision_features.view(0, &[batch, self.num_image_tokens, self.feature_size]);
         let mut tower = tower.binding()?;
-        tower.bind_host_input("pixel_values", self.pixel_values.view(0, &self.pixel_format.shape(batch))?)?;
+        tower.bind_input("pixel_values", &self.pixel_values.view(0, &self.pixel_format.shape(batch))?)?;
         tower.bind_output("vision_features", features()?)?;
         let mut projector = projector.binding()?;
         projector.bind_input("vision_features", &features()?)?;
-        projector.bind_output("image_features", self.features(batch)?)?;
+        let shape = [batch * self.num_image_tokens, self.hidden_size];
+        projector.bind_output("image_features", self.image_features.view(0, &shape)?)?;
         Ok((tower, projector))
-    }
-
-    fn features(&self, batch: usize) -> Result<TensorView> {
-        self.image_features.view(0, &[batch * self.num_image_tokens, self.hidden_size])
     }
 }
 

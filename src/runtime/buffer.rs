@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ort::AsPointer;
 use ort::memory::Allocator;
-use ort::value::{DynTensor, DynTensorValueType, DynValue, TensorElementType, Value};
+use ort::value::{DynTensor, DynValue, TensorElementType, Value};
 use recaption_export::DataType;
 
 use crate::error::{Error, Result};
@@ -50,74 +50,82 @@ pub(crate) struct Buffer {
     data_type: DataType,
     num_elements: usize,
     data: NonNull<u8>,
+    is_host: bool,
 }
 
 // SAFETY: `data` points into `storage`, which the buffer keeps alive and which may move between threads.
 unsafe impl Send for Buffer {}
 
 impl Buffer {
-    /// Zeroed where the host can reach it; on a device the contents are undefined.
-    pub(crate) fn new(allocator: &Allocator, data_type: DataType, num_elements: usize) -> Result<Self> {
-        let doing = || format!("allocate {:.1} MiB", (num_elements * data_type.size()) as f64 / f64::from(1 << 20));
+    /// Memory of `allocator`; what is in it is undefined. `is_host`: the host can reach it.
+    pub(super) fn new(allocator: &Allocator, is_host: bool, data_type: DataType, num_elements: usize) -> Result<Self> {
+        let num_bytes = num_elements.saturating_mul(data_type.size());
+        let doing = || format!("allocate {:.1} MiB", num_bytes as f64 / f64::from(1 << 20));
         let mut tensor =
             DynTensor::new(allocator, element_type(data_type), [num_elements]).map_err(Error::ort(doing()))?;
         let data = NonNull::new(tensor.data_ptr_mut().cast::<u8>()).unwrap_or(NonNull::dangling());
-        Ok(Self { storage: Arc::new(Storage { tensor }), data_type, num_elements, data })
+        Ok(Self { storage: Arc::new(Storage { tensor }), data_type, num_elements, data, is_host })
     }
 
     /// Zeroed host memory.
     pub(crate) fn host(data_type: DataType, num_elements: usize) -> Result<Self> {
-        Self::new(&Allocator::default(), data_type, num_elements)
+        let mut buffer = Self::new(&Allocator::default(), true, data_type, num_elements)?;
+        buffer.zero_host();
+        Ok(buffer)
     }
 
-    /// Whether the host can read and write the memory.
-    pub(crate) fn is_host(&self) -> bool {
-        self.storage.tensor.memory_info().is_cpu_accessible()
+    /// Fills host memory with zeros.
+    pub(super) fn zero_host(&mut self) {
+        assert!(self.is_host, "bug: device memory written by the host");
+        // SAFETY: host memory of so many bytes.
+        unsafe { self.data.as_ptr().write_bytes(0, self.num_bytes()) };
     }
 
-    /// The contents. Must not be called while a graph runs on a view of the buffer.
-    pub(crate) fn as_slice<T: Element>(&self) -> &[T] {
-        self.check::<T>();
-        // SAFETY: host memory of `num_elements` elements of this type, initialised to zero when allocated.
-        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast::<T>(), self.num_elements) }
+    pub(crate) fn num_bytes(&self) -> usize {
+        self.num_elements * self.data_type.size()
     }
 
-    /// The contents, to be changed. Must not be called while a graph runs on a view of the buffer.
-    pub(crate) fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
-        self.check::<T>();
-        // SAFETY: as in `as_slice`; views hand the memory to ONNX Runtime only, during runs on this thread.
-        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr().cast::<T>(), self.num_elements) }
+    /// Where the memory is, for copies.
+    pub(super) fn address(&self) -> NonNull<u8> {
+        self.data
     }
 
-    /// The contents as bytes, whatever their type.
-    pub(crate) fn as_mut_bytes(&mut self) -> &mut [u8] {
-        assert!(self.is_host(), "bug: device memory read by the host");
-        // SAFETY: host memory of so many bytes, initialised to zero when allocated; any bytes are valid numbers.
-        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.num_elements * self.data_type.size()) }
+    /// Part of the contents, `num_elements` of type `T` from byte `offset`, which is aligned for them; to be changed. Must
+    /// not be called while a graph runs on a view of the buffer.
+    pub(crate) fn part_mut<T: Element>(&mut self, offset: usize, num_elements: usize) -> &mut [T] {
+        self.check_part::<T>(offset, num_elements);
+        // SAFETY: host memory inside the allocation and aligned (both checked), zeroed when allocated; views hand it to ONNX
+        // Runtime only, during runs on this thread.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr().add(offset).cast::<T>(), num_elements) }
     }
 
-    fn check<T: Element>(&self) {
+    /// As [`Self::part_mut`], to be read.
+    pub(crate) fn part<T: Element>(&self, offset: usize, num_elements: usize) -> &[T] {
+        self.check_part::<T>(offset, num_elements);
+        // SAFETY: as in `part_mut`.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr().add(offset).cast::<T>(), num_elements) }
+    }
+
+    fn check_part<T: Element>(&self, offset: usize, num_elements: usize) {
+        let address = self.data.as_ptr() as usize + offset;
+        let is_inside = offset + num_elements * size_of::<T>() <= self.num_bytes();
         assert!(
-            self.data_type == T::DATA_TYPE && self.is_host(),
-            "bug: buffer of {:?} read as another",
-            self.data_type
+            self.is_host && is_inside && address.is_multiple_of(align_of::<T>()),
+            "bug: {num_elements} x {} bytes at {offset} of {} read by the host",
+            size_of::<T>(),
+            self.num_bytes()
         );
-    }
-
-    /// Copies `num_elements` elements from one place of the buffer to another, on the device that holds it.
-    pub(crate) fn copy_within_device(&mut self, from: usize, to: usize, num_elements: usize) -> Result<()> {
-        let tensor = |offset| {
-            let view = self.view(offset, &[num_elements])?;
-            view.value.downcast::<DynTensorValueType>().map_err(Error::ort("view a device buffer"))
-        };
-        let (source, target) = (tensor(from)?, tensor(to)?);
-        source.copy_into(target).map_err(Error::ort("copy within a device buffer"))
     }
 
     /// A window of `shape`, starting `offset` elements into the buffer.
     pub(crate) fn view(&self, offset: usize, shape: &[usize]) -> Result<TensorView> {
-        let num_elements: usize = shape.iter().product();
-        assert!(offset + num_elements <= self.num_elements, "bug: view {shape:?} at {offset} of {}", self.num_elements);
+        self.view_as(offset * self.data_type.size(), self.data_type, shape)
+    }
+
+    /// A window of `shape` that takes the bytes from `offset` on as `data_type`.
+    pub(crate) fn view_as(&self, offset: usize, data_type: DataType, shape: &[usize]) -> Result<TensorView> {
+        let num_bytes = shape.iter().product::<usize>() * data_type.size();
+        assert!(offset + num_bytes <= self.num_bytes(), "bug: view {shape:?} at {offset} of {}", self.num_bytes());
         let dims: Vec<i64> = shape.iter().map(|&dim| dim as i64).collect();
         let mut value: *mut ort::sys::OrtValue = ptr::null_mut();
         // SAFETY: the pointer, length and shape describe memory inside the allocation (checked above), which the view
@@ -125,11 +133,11 @@ impl Buffer {
         let status = unsafe {
             (ort::api().CreateTensorWithDataAsOrtValue)(
                 self.storage.tensor.memory_info().ptr(),
-                self.data.as_ptr().add(offset * self.data_type.size()).cast(),
-                num_elements * self.data_type.size(),
+                self.data.as_ptr().add(offset).cast(),
+                num_bytes,
                 dims.as_ptr(),
                 dims.len(),
-                element_type(self.data_type).into(),
+                element_type(data_type).into(),
                 &raw mut value,
             )
         };

@@ -1,10 +1,15 @@
 //! Which execution provider runs the graphs. Providers register with `error_on_failure`, so that ONNX Runtime never
 //! falls back to the CPU silently; `auto` falls back here, and says so.
 
-use ort::ep::{self, ExecutionProviderDispatch};
+use std::fmt;
+use std::path::Path;
+
+use ort::ep::cuda::ConvAlgorithmSearch;
+use ort::ep::{self, ArenaExtendStrategy, ExecutionProviderDispatch};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 
 use crate::error::{Error, Result};
+use crate::runtime::shape_profile::ShapeProfile;
 
 /// What the user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,6 +36,16 @@ pub enum Device {
     TensorRt(i32),
 }
 
+impl fmt::Display for Device {
+    /// `cpu`, `cuda 1`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.gpu_index() {
+            None => f.write_str(self.name()),
+            Some(index) => write!(f, "{} {index}", self.name()),
+        }
+    }
+}
+
 impl Device {
     /// Name as `--provider` takes it.
     #[must_use]
@@ -42,26 +57,41 @@ impl Device {
         }
     }
 
-    pub(super) fn execution_providers(self) -> Vec<ExecutionProviderDispatch> {
-        // Without strict mode the fused norm accumulates in fp16 on CUDA and may return zeros.
-        let cuda = |device| {
-            ep::CUDA::default().with_device_id(device).with_skip_layer_norm_strict_mode(true).build().error_on_failure()
-        };
+    /// Index of the GPU.
+    #[must_use]
+    pub fn gpu_index(self) -> Option<i32> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(index) | Self::TensorRt(index) => Some(index),
+        }
+    }
+
+    pub(super) fn execution_providers(self, settings: &ProviderSettings<'_>) -> Vec<ExecutionProviderDispatch> {
         match self {
             Self::Cpu => vec![],
-            Self::Cuda(device) => vec![cuda(device)],
-            Self::TensorRt(device) => {
-                vec![ep::TensorRT::default().with_device_id(device).build().error_on_failure(), cuda(device)]
-            }
+            Self::Cuda(device) => vec![cuda(device, settings).build().error_on_failure()],
+            Self::TensorRt(device) => vec![
+                tensorrt(device, settings).build().error_on_failure(),
+                cuda(device, settings).build().error_on_failure(),
+            ],
         }
     }
 
     /// The allocator of this device's own memory, through the session that will use it.
     pub(super) fn allocator(self, session: &ort::session::Session) -> Result<Allocator> {
-        let (Self::Cuda(index) | Self::TensorRt(index)) = self else { return Ok(Allocator::default()) };
-        MemoryInfo::new(AllocationDevice::CUDA, index, AllocatorType::Device, MemoryType::Default)
-            .and_then(|info| Allocator::new(session, info))
-            .map_err(Error::ort(format!("allocate on GPU {index}")))
+        let (device, index) = match self.gpu_index() {
+            None => (AllocationDevice::CPU, 0),
+            Some(index) => (AllocationDevice::CUDA, index),
+        };
+        allocator(session, device, index, MemoryType::Default)
+    }
+
+    /// The allocator of host memory that this device copies from and to without a detour.
+    pub(super) fn staging_allocator(self, session: &ort::session::Session) -> Result<Allocator> {
+        match self.gpu_index() {
+            None => allocator(session, AllocationDevice::CPU, 0, MemoryType::Default),
+            Some(index) => allocator(session, AllocationDevice::CUDA_PINNED, index, MemoryType::CPUOutput),
+        }
     }
 
     pub(super) fn refusal(self, source: &ort::Error) -> Error {
@@ -80,17 +110,97 @@ impl Device {
     }
 }
 
+/// What the providers of one session are told.
+#[derive(Debug, Default)]
+pub(super) struct ProviderSettings<'a> {
+    /// The stream of the engine.
+    pub(super) stream: Option<*mut ()>,
+    pub(super) memory_limit: Option<usize>,
+    pub(super) captures_graphs: bool,
+    /// Where TensorRT keeps its engines.
+    pub(super) engine_cache: Option<&'a Path>,
+    /// Name of the engine's files.
+    pub(super) engine_name: &'a str,
+    pub(super) shapes: Option<ShapeProfile>,
+}
+
+fn cuda(device: i32, settings: &ProviderSettings<'_>) -> ep::CUDA {
+    let mut provider = ep::CUDA::default()
+        .with_device_id(device)
+        // Without it the fused norm accumulates in fp16 and may return zeros.
+        .with_skip_layer_norm_strict_mode(true)
+        // The arena takes what is asked for, so that the memory plan holds.
+        .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
+        .with_conv_algorithm_search(ConvAlgorithmSearch::Heuristic)
+        // fp32 means fp32.
+        .with_tf32(false)
+        .with_cuda_graph(settings.captures_graphs);
+    if let Some(limit) = settings.memory_limit {
+        provider = provider.with_memory_limit(limit);
+    }
+    if let Some(stream) = settings.stream {
+        // SAFETY: the session that gets this provider keeps its stream alive (`Session::stream`).
+        provider = unsafe { provider.with_compute_stream(stream) };
+    }
+    provider
+}
+
+fn tensorrt(device: i32, settings: &ProviderSettings<'_>) -> ep::TensorRT {
+    // The graphs say their precision; none of the provider's precision switches is on, so that it builds strongly typed.
+    let mut provider = ep::TensorRT::default()
+        .with_device_id(device)
+        .with_context_memory_sharing(true)
+        .with_force_sequential_engine_build(true);
+    if let Some(folder) = settings.engine_cache {
+        let folder = folder.to_string_lossy();
+        provider = provider
+            .with_engine_cache(true)
+            .with_engine_cache_path(&folder)
+            .with_engine_cache_prefix(settings.engine_name)
+            .with_timing_cache(true)
+            .with_timing_cache_path(&folder);
+    }
+    if let Some(ShapeProfile { min, opt, max }) = &settings.shapes {
+        provider = provider.with_profile_min_shapes(min).with_profile_opt_shapes(opt).with_profile_max_shapes(max);
+    }
+    if let Some(stream) = settings.stream {
+        // SAFETY: as for CUDA.
+        provider = unsafe { provider.with_compute_stream(stream) };
+    }
+    provider
+}
+
+fn allocator(
+    session: &ort::session::Session,
+    device: AllocationDevice<'static>,
+    index: i32,
+    memory_type: MemoryType,
+) -> Result<Allocator> {
+    let doing = format!("allocate in {} memory", device.as_str());
+    MemoryInfo::new(device, index, AllocatorType::Device, memory_type)
+        .and_then(|info| Allocator::new(session, info))
+        .map_err(Error::ort(doing))
+}
+
+/// Whether the library has the providers of `device`, and what they link to is there.
+///
+/// # Errors
+/// [`Error::Provider`] with ONNX Runtime's reason.
+pub fn probe(device: Device) -> Result<()> {
+    let library = super::load_library()?;
+    let builder = ort::session::Session::builder(&library.environment).map_err(Error::ort("start a session"))?;
+    let providers = device.execution_providers(&ProviderSettings::default());
+    let registered = builder.with_execution_providers(providers).map_err(ort::Error::<()>::from);
+    registered.map(drop).map_err(|error| device.refusal(&error))
+}
+
 /// Whether the CUDA provider can be used: the library has it and what it links to is there.
 ///
 /// # Errors
 /// ONNX Runtime's reason, in one line.
 pub fn probe_cuda() -> std::result::Result<(), String> {
-    let library = super::load_library().map_err(|error| error.to_string())?;
-    let registered = ort::session::Session::builder(&library.environment)
-        .and_then(|builder| {
-            let providers = Device::Cuda(0).execution_providers();
-            builder.with_execution_providers(providers).map_err(ort::Error::<()>::from)
-        })
-        .map(|_| ());
-    registered.map_err(|error| format!("no CUDA: {}", error.to_string().lines().next().unwrap_or_default()))
+    match probe(Device::Cuda(0)) {
+        Err(Error::Provider { reason, .. }) => Err(format!("no CUDA: {}", reason.lines().next().unwrap_or_default())),
+        other => other.map_err(|error| error.to_string()),
+    }
 }

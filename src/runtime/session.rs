@@ -1,24 +1,57 @@
 //! A graph that is loaded, and the bindings it runs with.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ort::session::IoBinding;
+use ort::session::{IoBinding, RunOptions};
+use recaption_export::{DataType, DimRange};
 
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, Storage, TensorView};
 use crate::runtime::library::load_library;
-use crate::runtime::provider::Device;
+use crate::runtime::provider::{Device, ProviderSettings};
+use crate::runtime::shape_profile::ShapeProfile;
+use crate::runtime::stream::Stream;
 
 /// How a session uses the machine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub(crate) struct SessionOptions {
     pub(crate) device: Device,
+    /// Where its work is queued; of the same device.
+    pub(crate) stream: Arc<Stream>,
     /// Threads within an operator.
     pub(crate) num_threads: usize,
     /// Whether idle threads spin before they sleep. Only one session of an engine should: the spinning pools of
     /// several sessions take the cores from one another.
     pub(crate) spin: bool,
+    /// Most bytes that the session's arena takes of a GPU's memory.
+    pub(crate) memory_limit: Option<usize>,
+    /// Whether runs may be captured as CUDA graphs: see [`Session::run_captured`].
+    pub(crate) captures_graphs: bool,
+    /// Folder for the engines that TensorRT builds.
+    pub(crate) engine_cache: Option<PathBuf>,
+    /// Sizes that the free dimensions take; TensorRT builds its engines for them.
+    pub(crate) dims: BTreeMap<String, DimRange>,
+}
+
+impl SessionOptions {
+    /// A session that has the device to itself, with a stream of its own.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when there is no such GPU.
+    pub(crate) fn new(device: Device, num_threads: usize) -> Result<Self> {
+        Ok(Self {
+            device,
+            stream: Stream::open(device)?,
+            num_threads,
+            spin: true,
+            memory_limit: None,
+            captures_graphs: false,
+            engine_cache: None,
+            dims: BTreeMap::new(),
+        })
+    }
 }
 
 /// One loaded graph. Runs need `&mut`: a session has one owner thread.
@@ -26,51 +59,124 @@ pub(crate) struct Session {
     session: ort::session::Session,
     name: String,
     device: Device,
+    run_options: RunOptions,
+    captures_graphs: bool,
+    /// After the session, which puts its work into it.
+    stream: Arc<Stream>,
 }
 
+/// Option of a run that names the CUDA graph it is captured as, or replayed from.
+const GRAPH_ID: &str = "gpu_graph_id";
+/// The graph id of a run that is never captured.
+const NO_GRAPH: &str = "-1";
+
 impl Session {
-    /// Loads the graph at `path`.
+    /// Loads the graph at `path`; `graph` is what the manifest says about it.
     ///
     /// # Errors
-    /// [`Error::Provider`] when the device does not work, [`Error::OnnxRuntime`] when the graph does not load.
-    pub(crate) fn open(path: &Path, options: SessionOptions) -> Result<Self> {
+    /// [`Error::Provider`] when the device does not work, [`Error::OnnxRuntime`] when the graph does not load,
+    /// [`Error::Setting`] when a dimension's sizes lie outside of what the graph was made for.
+    pub(crate) fn open(path: &Path, graph: &recaption_export::GraphFile, options: &SessionOptions) -> Result<Self> {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let library = load_library()?;
         let doing = || format!("load `{}`", path.display());
+        let is_tensorrt = matches!(options.device, Device::TensorRt(_));
+        let settings = ProviderSettings {
+            stream: options.stream.handle(),
+            memory_limit: options.memory_limit,
+            captures_graphs: options.captures_graphs,
+            engine_cache: options.engine_cache.as_deref(),
+            engine_name: &name,
+            shapes: is_tensorrt.then(|| ShapeProfile::new(graph, &options.dims)).transpose()?,
+        };
         let configure = || -> std::result::Result<_, ort::Error> {
             let builder = ort::session::Session::builder(&library.environment)?;
             let builder = builder.with_intra_threads(options.num_threads).map_err(ort::Error::<()>::from)?;
             let builder = builder.with_intra_op_spinning(options.spin).map_err(ort::Error::<()>::from)?;
+            // Weights beside the arena, which would round them up.
+            let key = "session.use_device_allocator_for_initializers";
+            let builder = builder.with_config_entry(key, "1").map_err(ort::Error::<()>::from)?;
             Ok(builder)
         };
         let builder = configure().map_err(Error::ort(doing()))?;
         let mut builder = builder
-            .with_execution_providers(options.device.execution_providers())
+            .with_execution_providers(options.device.execution_providers(&settings))
             .map_err(|error| options.device.refusal(&ort::Error::<()>::from(error)))?;
         let session = builder.commit_from_file(path).map_err(Error::ort(doing()))?;
-        Ok(Self { session, name, device: options.device })
+        let run_options = run_options(options.device, NO_GRAPH).map_err(Error::ort(doing()))?;
+        Ok(Self {
+            session,
+            name,
+            device: options.device,
+            run_options,
+            captures_graphs: options.captures_graphs,
+            stream: Arc::clone(&options.stream),
+        })
     }
 
     /// An empty binding; bind every input and the outputs wanted.
     pub(crate) fn binding(&self) -> Result<Binding> {
         let binding = self.session.create_binding().map_err(Error::ort(format!("bind `{}`", self.name)))?;
-        Ok(Binding { binding, owners: Vec::new(), host_inputs: Vec::new(), graph: self.name.clone() })
+        Ok(Binding { binding, owners: Vec::new(), graph: self.name.clone(), captured_as: None })
+    }
+
+    /// The stream that runs are queued in.
+    pub(crate) fn stream(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// Whether [`Self::run_captured`] captures.
+    pub(crate) fn captures_graphs(&self) -> bool {
+        self.captures_graphs
     }
 
     /// A zeroed buffer in the memory of this session's device.
-    pub(crate) fn device_buffer(&self, data_type: recaption_export::DataType, num_elements: usize) -> Result<Buffer> {
-        Buffer::new(&self.device.allocator(&self.session)?, data_type, num_elements)
+    pub(crate) fn device_buffer(&self, data_type: DataType, num_elements: usize) -> Result<Buffer> {
+        let allocator = self.device.allocator(&self.session)?;
+        let mut buffer = Buffer::new(&allocator, self.device == Device::Cpu, data_type, num_elements)?;
+        self.stream.zero(&mut buffer)?;
+        Ok(buffer)
     }
 
-    /// Runs the graph on what `binding` binds.
-    pub(crate) fn run(&mut self, binding: &mut Binding) -> Result<()> {
-        // ONNX Runtime copies an input that lives on another device when it is bound, not when it runs.
-        if self.device != Device::Cpu {
-            binding.rebind_host_inputs()?;
-        }
-        self.session.run_binding(&binding.binding).map_err(Error::ort(format!("run `{}`", self.name)))?;
-        Ok(())
+    /// A zeroed buffer on the host, from which copies to this session's device are fastest.
+    pub(crate) fn staging_buffer(&self, data_type: DataType, num_elements: usize) -> Result<Buffer> {
+        let allocator = self.device.staging_allocator(&self.session)?;
+        let mut buffer = Buffer::new(&allocator, true, data_type, num_elements)?;
+        buffer.zero_host();
+        Ok(buffer)
     }
+
+    /// Runs the graph on what `binding` binds. On a GPU the run is queued: wait for the stream before the host reads.
+    pub(crate) fn run(&mut self, binding: &Binding) -> Result<()> {
+        run(&mut self.session, &self.name, binding, &self.run_options)
+    }
+
+    /// As [`Self::run`], but where the session captures graphs the first run of this binding is captured and the later ones
+    /// are replayed: its buffers must stay where they are. `id` is the binding's own.
+    pub(crate) fn run_captured(&mut self, binding: &mut Binding, id: usize) -> Result<()> {
+        if binding.captured_as.is_none() {
+            let graph_id = if self.captures_graphs { id.to_string() } else { NO_GRAPH.to_owned() };
+            let doing = Error::ort(format!("run `{}`", self.name));
+            binding.captured_as = Some(run_options(self.device, &graph_id).map_err(doing)?);
+        }
+        let options = binding.captured_as.as_ref().expect("bug: set above");
+        run(&mut self.session, &self.name, binding, options)
+    }
+}
+
+fn run_options(device: Device, graph_id: &str) -> std::result::Result<RunOptions, ort::Error> {
+    let mut options = RunOptions::new()?;
+    if device != Device::Cpu {
+        options.set(GRAPH_ID, graph_id)?;
+        // Copies and runs are in one stream, in order: one wait at the end does.
+        options.disable_device_sync()?;
+    }
+    Ok(options)
+}
+
+fn run(session: &mut ort::session::Session, name: &str, binding: &Binding, options: &RunOptions) -> Result<()> {
+    let outputs = session.run_binding_with_options(&binding.binding, options);
+    outputs.map(drop).map_err(Error::ort(format!("run `{name}`")))
 }
 
 /// Inputs and outputs of a graph tied to buffers, once for many runs.
@@ -78,27 +184,13 @@ pub(crate) struct Binding {
     binding: IoBinding,
     /// Keeps the memory alive that the bound tensors point into.
     owners: Vec<Arc<Storage>>,
-    /// Inputs that the host writes between runs.
-    host_inputs: Vec<(String, TensorView)>,
     graph: String,
+    /// Options of [`Session::run_captured`].
+    captured_as: Option<RunOptions>,
 }
 
 impl Binding {
-    /// Binds an input that the host may write anew before each run.
-    pub(crate) fn bind_host_input(&mut self, name: &str, tensor: TensorView) -> Result<()> {
-        self.bind_input(name, &tensor)?;
-        self.host_inputs.push((name.to_owned(), tensor));
-        Ok(())
-    }
-
-    fn rebind_host_inputs(&mut self) -> Result<()> {
-        for (name, tensor) in &self.host_inputs {
-            let doing = format!("bind input `{name}` of `{}`", self.graph);
-            self.binding.bind_input(name, tensor.value()).map_err(Error::ort(doing))?;
-        }
-        Ok(())
-    }
-
+    /// Binds memory of the graph's device, or of the host where the graph reads that input there.
     pub(crate) fn bind_input(&mut self, name: &str, tensor: &TensorView) -> Result<()> {
         self.owners.push(tensor.owner());
         self.binding

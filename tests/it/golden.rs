@@ -103,12 +103,7 @@ pub(crate) fn prompt(golden: &Golden, bundle: &Bundle) -> Prompt {
 
 /// An engine on one thread that takes `batch` images at once.
 pub(crate) fn open_engine(golden: &Golden, bundle: &Bundle, batch: usize) -> Engine<()> {
-    let options = EngineOptions {
-        device: Device::Cpu,
-        num_threads: 1,
-        num_slots: batch,
-        vision_batch: batch,
-        stop_rule: StopRule { stop_token_ids: vec![], max_new_tokens: 1, ignore_eos: true },
-    };
+    let stop_rule = StopRule { stop_token_ids: vec![], max_new_tokens: 1, ignore_eos: true };
+    let options = EngineOptions { num_slots: batch, vision_batch: batch, ..EngineOptions::new(Device::Cpu, stop_rule) };
     Engine::open(bundle, &prompt(golden, bundle), &options).unwrap()
 }
