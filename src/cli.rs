@@ -52,6 +52,15 @@ pub enum Command {
         recaption run 'shards/{00000..00012}.tar' --model bundles/llava-8b --out captions\n  \
         find . -name '*.png' | recaption run - --model bundles/llava-8b --out captions --provider cuda")]
     Run(RunArgs),
+    /// Say what this machine can caption with, and what is missing
+    ///
+    /// Looks for the ONNX Runtime library and its providers, NVIDIA's driver and libraries, GPUs, the processor's
+    /// instruction sets, memory and limits, and multiplies two matrices through each provider that works. Exit code 0: images
+    /// can be captioned here, if only on the CPU; 2: they cannot.
+    #[command(
+        after_help = "Examples:\n  recaption doctor\n  recaption doctor --model bundles/llava-8b\n  recaption doctor --json | jq .providers"
+    )]
+    Doctor(DoctorArgs),
     /// Say what is in a bundle, and whether it is whole
     ///
     /// Its graphs with their inputs, operators and weights, the memory of a caption in flight, and the arithmetic of an image.
@@ -362,6 +371,21 @@ pub struct InspectArgs {
     /// The stop token is one of them. Example: --new-tokens 128
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub new_tokens: u32,
+}
+
+/// Arguments of `recaption doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Say for each provider whether it runs this bundle
+    ///
+    /// Example: --model bundles/llava-8b
+    #[arg(long, value_name = "BUNDLE_DIR")]
+    pub model: Option<PathBuf>,
+    /// Print JSON
+    ///
+    /// Sizes are bytes, rates operations per second. Example: --json
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Formats of `--format`.

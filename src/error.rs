@@ -35,7 +35,7 @@ pub enum Error {
         /// ONNX Runtime's reason.
         reason: String,
         /// What to do.
-        hint: &'static str,
+        hint: String,
     },
     /// The CUDA runtime refused: the GPU is gone, full, or not there.
     #[error("CUDA, {doing}: {reason} ({status})")]
@@ -133,8 +133,10 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Bundle(error) => error.hint(),
-            Self::OnnxRuntimeLibrary { hint, .. } | Self::Setting { hint, .. } => Some(hint.clone()),
-            Self::Provider { hint, .. } | Self::Input { hint, .. } => Some((*hint).to_owned()),
+            Self::OnnxRuntimeLibrary { hint, .. } | Self::Setting { hint, .. } | Self::Provider { hint, .. } => {
+                Some(hint.clone())
+            }
+            Self::Input { hint, .. } => Some((*hint).to_owned()),
             Self::Template { .. } => Some(
                 "use --template with llava-pp-llama3, llava-next-llama3, plain-llama3, or a Jinja file that places an image"
                     .to_owned(),

@@ -1,7 +1,9 @@
 //! One file per subcommand: arguments to options, the call, the summary.
 
+mod doctor;
 mod export;
 mod inspect;
+mod provider;
 mod run;
 
 use std::process::ExitCode;
@@ -49,6 +51,7 @@ pub fn execute(command: Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Export(args) => export::execute(&args),
         Command::Inspect(args) => inspect::execute(&args),
+        Command::Doctor(args) => doctor::execute(&args),
         Command::Run(args) => run::execute(args),
     }
 }

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use recaption_export::{Manifest, Precision};
 use serde_json::{Value, json};
 
 use crate::cli::RunArgs;
-use crate::commands::Outcome;
+use crate::commands::{Outcome, provider};
 use crate::error::{Error, Result};
 use crate::model::memory_plan::{DeviceMemory, MemoryPlan, Wanted};
 use crate::model::sequence::StopRule;
@@ -16,10 +15,10 @@ use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
 use crate::pipeline::load::LoadLimits;
-use crate::pipeline::vision::{check_device, decoder_device};
+use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::{Format, Sink, write_atomically};
 use crate::pipeline::{RunOptions, Summary};
-use crate::runtime::{self, Device, ProviderChoice, load_library, provider};
+use crate::runtime::{self, Device, host, load_library};
 
 const SETTINGS_FILE: &str = "run.json";
 const SUMMARY_FILE: &str = "summary.json";
@@ -86,8 +85,11 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
         ignore_eos: args.ignore_eos,
     };
     check_prompt(&bundle, &prompt, &stop_rule)?;
-    let devices = choose_devices(args.provider.into(), &args, &bundle)?;
-    let engines = engine_options(&args, &bundle, &prompt, &stop_rule, &devices)?;
+    let choice = provider::choose(args.provider.into(), &args.device, args.engines.into(), &bundle.manifest)?;
+    if !args.quiet {
+        let _ = writeln!(std::io::stderr(), "{}", choice.line());
+    }
+    let engines = engine_options(&args, &bundle, &prompt, &stop_rule, &choice.devices)?;
     let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
     let sink = match &args.out {
         Some(folder) => Sink::Folder { folder: folder.clone(), format: args.format.into() },
@@ -138,69 +140,6 @@ fn check_prompt(bundle: &Bundle, prompt: &Prompt, stop_rule: &StopRule) -> Resul
         });
     }
     Ok(())
-}
-
-/// What `auto` takes, or exactly what was asked for; and says so.
-fn choose_devices(choice: ProviderChoice, args: &RunArgs, bundle: &Bundle) -> Result<Vec<Device>> {
-    load_library()?;
-    let on_gpus = |device: fn(i32) -> Device| args.device.iter().map(|&index| device(index)).collect();
-    let on_cpu = || vec![Device::Cpu; usize::from(args.engines)];
-    let manifest = &bundle.manifest;
-    let (devices, reason): (Vec<Device>, _) = match choice {
-        ProviderChoice::Cpu => (on_cpu(), None),
-        ProviderChoice::Cuda => (on_gpus(Device::Cuda), None),
-        ProviderChoice::TensorRt => (on_gpus(Device::TensorRt), None),
-        ProviderChoice::Auto => match provider::probe_cuda() {
-            Ok(()) if check_device(Device::Cuda(0), manifest).is_err() => {
-                (on_cpu(), Some(format!("CUDA does not run {} bundles", manifest.header.precision.name())))
-            }
-            Ok(()) if decoder_device(Device::Cuda(0), manifest) == Device::Cpu => (
-                on_cpu(),
-                Some("CUDA has no attention in fp32; --provider cuda runs the vision tower there".to_owned()),
-            ),
-            Ok(()) => (on_gpus(Device::Cuda), None),
-            Err(reason) => (on_cpu(), Some(reason)),
-        },
-    };
-    let device = devices.first().copied().unwrap_or(Device::Cpu);
-    check_device(device, manifest)?;
-    provider::probe(device)?;
-    check_cpu(device, manifest)?;
-    let decoder = decoder_device(device, manifest);
-    let mut line = format!("provider: {}", device.name());
-    if decoder != device {
-        line.push_str(&format!(", decoder: {}", decoder.name()));
-    }
-    if let Some(reason) = reason {
-        line.push_str(&format!(" ({reason})"));
-    }
-    if !args.quiet {
-        let _ = writeln!(std::io::stderr(), "{line}");
-    }
-    Ok(devices)
-}
-
-/// # Errors
-/// [`Error::Setting`] when this processor would sum the bundle's integers wrongly.
-fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
-    let is_int8 = [manifest.header.precision, manifest.header.vision_precision].contains(&Precision::Int8);
-    if device != Device::Cpu || !is_int8 || manifest.header.reduce_range || sums_8_bit_products_exactly() {
-        return Ok(());
-    }
-    Err(Error::Setting {
-        reason: "this processor has no VNNI: ONNX Runtime's sums of 8-bit products would overflow".to_owned(),
-        hint: "export again with --reduce-range (7-bit weights), or with --precision int8-block".to_owned(),
-    })
-}
-
-/// Whether u8 x s8 products are summed in 32 bits. x86 without VNNI adds pairs of them in 16 bits, which saturate.
-fn sums_8_bit_products_exactly() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        std::is_x86_feature_detected!("avx512vnni") || std::is_x86_feature_detected!("avxvnni")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    true
 }
 
 fn engine_options(
@@ -257,7 +196,7 @@ fn device_memory(args: &RunArgs, bundle: &Bundle, device: Device, num_engines: u
     let is_two = matches!(decoder_device(device, &bundle.manifest), Device::TensorRt(_));
     let (free_bytes, utilization) = match device.gpu_index() {
         Some(index) => (runtime::free_gpu_memory(index)?, args.gpu_memory_utilization),
-        None => (free_memory().unwrap_or(u64::MAX), CPU_UTILIZATION),
+        None => (host::available_memory().unwrap_or(u64::MAX), CPU_UTILIZATION),
     };
     let is_gpu = device != Device::Cpu;
     Ok(DeviceMemory { free_bytes, utilization, num_engines, is_gpu, has_two_decoders: is_two })
@@ -286,13 +225,6 @@ fn engine_cache(args: &RunArgs, bundle: &Bundle, gpu: i32) -> Result<PathBuf> {
     let folder = root.join(runtime::engine_key(&bundle.manifest.header.fingerprint, gpu)?);
     std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     Ok(folder)
-}
-
-/// `MemAvailable` of Linux; unknown elsewhere.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }
 
 /// `run.json`: what decides the captions. A run into the same folder must agree with it.

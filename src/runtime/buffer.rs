@@ -32,6 +32,10 @@ impl Element for f32 {
     const DATA_TYPE: DataType = DataType::F32;
 }
 
+impl Element for half::f16 {
+    const DATA_TYPE: DataType = DataType::F16;
+}
+
 impl Element for u8 {
     const DATA_TYPE: DataType = DataType::U8;
 }

@@ -34,6 +34,7 @@ struct CudaRuntime {
     memcpy_2d:
         unsafe extern "C" fn(*mut c_void, usize, *const c_void, usize, usize, usize, c_int, StreamHandle) -> Status,
     memset: unsafe extern "C" fn(*mut c_void, c_int, usize, StreamHandle) -> Status,
+    get_device_count: unsafe extern "C" fn(*mut c_int) -> Status,
     mem_get_info: unsafe extern "C" fn(*mut usize, *mut usize) -> Status,
     device_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> Status,
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
@@ -58,6 +59,7 @@ impl CudaRuntime {
                 memcpy: *library.get(b"cudaMemcpyAsync")?,
                 memcpy_2d: *library.get(b"cudaMemcpy2DAsync")?,
                 memset: *library.get(b"cudaMemsetAsync")?,
+                get_device_count: *library.get(b"cudaGetDeviceCount")?,
                 mem_get_info: *library.get(b"cudaMemGetInfo")?,
                 device_attribute: *library.get(b"cudaDeviceGetAttribute")?,
                 error_string: *library.get(b"cudaGetErrorString")?,
@@ -84,7 +86,7 @@ fn cuda_runtime() -> Result<&'static CudaRuntime> {
 }
 
 /// The loader's own words, which the error keeps as its source.
-fn reason(error: &libloading::Error) -> String {
+pub(super) fn reason(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
@@ -203,6 +205,15 @@ pub(crate) fn memory(device: i32) -> Result<(usize, usize)> {
     Ok((free, total))
 }
 
+/// GPUs that may be used.
+pub(crate) fn num_devices() -> Result<i32> {
+    let runtime = cuda_runtime()?;
+    let mut count = 0;
+    // SAFETY: the number is written on success.
+    runtime.check("count the GPUs", unsafe { (runtime.get_device_count)(&raw mut count) })?;
+    Ok(count)
+}
+
 /// What tells this GPU's kind from others: `sm90-132-79g` is compute capability 9.0, 132 multiprocessors, 79 GiB.
 pub(crate) fn kind(device: i32) -> Result<String> {
     let runtime = cuda_runtime()?;
@@ -262,6 +273,7 @@ mod tests {
             stream->count = 0;
             return 0;
         }
+        int cudaGetDeviceCount(int *count) { *count = 2; return 0; }
         int cudaMemGetInfo(size_t *free, size_t *total) { *free = 3; *total = 4; return 0; }
         int cudaDeviceGetAttribute(int *value, int attribute, int index) { *value = attribute + index; return 0; }
         const char *cudaGetErrorString(int status) { return status == 101 ? "invalid device ordinal" : "other"; }

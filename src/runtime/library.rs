@@ -1,7 +1,7 @@
 //! Finds and loads the ONNX Runtime library, once per process.
 //!
-//! `ORT_DYLIB_PATH` goes first; then `.onnxruntime/` in a folder above the executable, in this checkout, or beside the
-//! executable; then the system's loader. The version is read before `ort` touches the library, since a library older
+//! `ORT_DYLIB_PATH` goes first; then, where there is an NVIDIA driver, `.onnxruntime-gpu/` in a folder above the executable
+//! or in this checkout; then `.onnxruntime/` there; then beside the executable; then the system's loader. The version is read before `ort` touches the library, since a library older
 //! than the bindings can abort the process.
 
 use std::ffi::CStr;
@@ -11,9 +11,12 @@ use std::sync::OnceLock;
 use ort::environment::Environment;
 
 use crate::error::{Error, Result};
+use crate::runtime::gpu::libraries::driver_cuda_version;
 
 /// Folder that `scripts/fetch_onnxruntime.sh` fills.
 const FOLDER: &str = ".onnxruntime";
+/// Folder that `scripts/fetch_onnxruntime.sh --gpu` fills; it goes first where there is an NVIDIA driver.
+const GPU_FOLDER: &str = ".onnxruntime-gpu";
 /// Oldest minor version of ONNX Runtime 1.x that is let in; 1.31 is what the tests run on.
 const MIN_MINOR_VERSION: u32 = 24;
 const HINT: &str =
@@ -26,6 +29,26 @@ pub struct Library {
     /// Its own version, such as `1.31.1`.
     pub version: String,
     pub(super) environment: Environment,
+}
+
+impl Library {
+    /// Names of the execution providers that were compiled into it, without `ExecutionProvider`.
+    pub(crate) fn providers(&self) -> Vec<String> {
+        let (mut names, mut count) = (std::ptr::null_mut(), 0);
+        // SAFETY: the array and its length are written on success, and given back by the function made for that.
+        unsafe {
+            let status = (ort::api().GetAvailableProviders)(&raw mut names, &raw mut count);
+            if ort::Error::<()>::result_from_status(status).is_err() {
+                return vec![];
+            }
+            let found = std::slice::from_raw_parts(names, count as usize)
+                .iter()
+                .map(|&name| CStr::from_ptr(name).to_string_lossy().replace("ExecutionProvider", ""))
+                .collect();
+            let _ = ort::Error::<()>::result_from_status((ort::api().ReleaseAvailableProviders)(names, count));
+            found
+        }
+    }
 }
 
 /// Loads the library, or returns what an earlier call loaded.
@@ -61,11 +84,14 @@ fn find(requested: Option<PathBuf>) -> Result<PathBuf> {
         return Err(refusal(format!("ORT_DYLIB_PATH names `{}`, which is not a file", path.display())));
     }
     let executable = std::env::current_exe().ok();
-    let above_executable =
-        executable.iter().flat_map(|path| path.ancestors().skip(1)).map(|folder| folder.join(FOLDER));
-    let in_checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join(FOLDER);
-    let beside_executable = executable.iter().filter_map(|path| path.parent()).map(Path::to_owned);
-    let found = above_executable.chain([in_checkout]).chain(beside_executable).find_map(|folder| library_in(&folder));
+    let in_folders = |name: &str| {
+        let above_executable = executable.iter().flat_map(|path| path.ancestors().skip(1));
+        let in_checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
+        above_executable.chain([in_checkout]).find_map(|folder| library_in(&folder.join(name)))
+    };
+    let for_gpu = driver_cuda_version().and_then(|_| in_folders(GPU_FOLDER));
+    let beside_executable = || library_in(executable.as_deref()?.parent()?);
+    let found = for_gpu.or_else(|| in_folders(FOLDER)).or_else(beside_executable).or_else(|| in_folders(GPU_FOLDER));
     Ok(found.unwrap_or_else(|| system_name().into()))
 }
 

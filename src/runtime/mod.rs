@@ -4,7 +4,10 @@
 pub(crate) mod block;
 pub(crate) mod buffer;
 pub(crate) mod cuda;
+pub(crate) mod gpu;
+pub(crate) mod host;
 pub(crate) mod library;
+pub(crate) mod matmul;
 pub mod provider;
 pub(crate) mod session;
 pub(crate) mod shape_profile;
@@ -16,6 +19,8 @@ pub use provider::{Device, ProviderChoice};
 pub use stream::CopyCounts;
 
 use crate::error::Result;
+pub(crate) use crate::runtime::gpu::check_libraries;
+use crate::runtime::gpu::nvml;
 
 /// Bytes free on a GPU.
 pub(crate) fn free_gpu_memory(index: i32) -> Result<u64> {
@@ -27,4 +32,15 @@ pub(crate) fn engine_key(fingerprint: &str, gpu: i32) -> Result<String> {
     let version = &load_library()?.version;
     let model = fingerprint.get(..16).unwrap_or(fingerprint);
     Ok(format!("{model}-ort{version}-trt{}-{}", tensorrt::version()?, cuda::kind(gpu)?))
+}
+
+/// GPUs that CUDA sees.
+pub(crate) fn num_gpus() -> Result<i32> {
+    cuda::num_devices()
+}
+
+/// The machine's GPUs by their names, as far as the driver tells.
+pub(crate) fn gpu_names() -> Option<Vec<String>> {
+    let driver = nvml::driver().ok()?;
+    Some(driver.gpus.iter().map(|gpu| format!("{} {}", gpu.index, gpu.name)).collect())
 }

@@ -97,16 +97,13 @@ impl Device {
     pub(super) fn refusal(self, source: &ort::Error) -> Error {
         let hint = match self {
             Self::Cpu => "",
-            Self::Cuda(_) => {
-                "needs an NVIDIA driver, CUDA 13, cuDNN 9 and the library of the onnxruntime-gpu wheel in ORT_DYLIB_PATH; \
-                 or use --provider cpu"
-            }
+            Self::Cuda(_) => "`recaption doctor` shows what is missing; or use --provider cpu",
             Self::TensorRt(_) => {
                 "needs TensorRT 10 beside CUDA 13, cuDNN 9 and the library of the onnxruntime-gpu wheel in \
                  ORT_DYLIB_PATH; or use --provider cuda or cpu"
             }
         };
-        Error::Provider { provider: self.name(), reason: source.to_string(), hint }
+        Error::Provider { provider: self.name(), reason: source.to_string(), hint: hint.to_owned() }
     }
 }
 
@@ -192,15 +189,4 @@ pub fn probe(device: Device) -> Result<()> {
     let providers = device.execution_providers(&ProviderSettings::default());
     let registered = builder.with_execution_providers(providers).map_err(ort::Error::<()>::from);
     registered.map(drop).map_err(|error| device.refusal(&error))
-}
-
-/// Whether the CUDA provider can be used: the library has it and what it links to is there.
-///
-/// # Errors
-/// ONNX Runtime's reason, in one line.
-pub fn probe_cuda() -> std::result::Result<(), String> {
-    match probe(Device::Cuda(0)) {
-        Err(Error::Provider { reason, .. }) => Err(format!("no CUDA: {}", reason.lines().next().unwrap_or_default())),
-        other => other.map_err(|error| error.to_string()),
-    }
 }

@@ -12,7 +12,7 @@ pub(super) fn version() -> Result<String> {
     let missing = |reason: libloading::Error| Error::Provider {
         provider: "tensorrt",
         reason: reason.to_string(),
-        hint: "install TensorRT 10, or use --provider cuda or cpu",
+        hint: "install TensorRT 10, or use --provider cuda or cpu".to_owned(),
     };
     // SAFETY: loading runs the library's initialisers; it is the one that the provider loads itself.
     let library = unsafe { Library::new(NAME) }.map_err(missing)?;

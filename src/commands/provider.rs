@@ -1,0 +1,128 @@
+//! What `--provider` and `--device` mean on this machine: exactly what was asked for or an error, and for `auto` the best
+//! that works, with the reason. Shared by `run` and `doctor`.
+
+use recaption_export::{Manifest, Precision};
+
+use crate::error::{Error, Result};
+use crate::pipeline::vision::{check_device, decoder_device};
+use crate::runtime::{self, Device, ProviderChoice, host, load_library, provider};
+
+/// What the engines run on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Choice {
+    /// One engine each.
+    pub(super) devices: Vec<Device>,
+    /// What the first device leaves to another.
+    pub(super) decoder: Device,
+    /// Why not something better.
+    pub(super) reason: Option<String>,
+}
+
+impl Choice {
+    /// `provider: tensorrt, decoder: cuda (…)`
+    pub(super) fn line(&self) -> String {
+        let device = self.devices.first().copied().unwrap_or(Device::Cpu);
+        let mut line = format!("provider: {}", device.name());
+        if self.decoder != device {
+            line.push_str(&format!(", decoder: {}", self.decoder.name()));
+        }
+        if let Some(reason) = &self.reason {
+            line.push_str(&format!(" ({reason})"));
+        }
+        line
+    }
+}
+
+/// Chooses for the bundle of `manifest`: `gpus` are the indices of `--device`, `cpu_engines` is how many engines a CPU gets.
+///
+/// # Errors
+/// [`Error::Provider`] when what was asked for does not work here, [`Error::Setting`] when the bundle does not go with it.
+pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, manifest: &Manifest) -> Result<Choice> {
+    load_library()?;
+    let with = |device: fn(i32) -> Device| -> Vec<Device> { gpus.iter().map(|&index| device(index)).collect() };
+    let on_cpu = || vec![Device::Cpu; cpu_engines];
+    let chosen = |devices: Vec<Device>, reason| {
+        let decoder = decoder_device(devices.first().copied().unwrap_or(Device::Cpu), manifest);
+        Choice { devices, decoder, reason }
+    };
+    let asked = match choice {
+        ProviderChoice::Cpu => on_cpu(),
+        ProviderChoice::Cuda => with(Device::Cuda),
+        ProviderChoice::TensorRt => with(Device::TensorRt),
+        ProviderChoice::Auto => {
+            let mut reasons = Vec::new();
+            for devices in [with(Device::TensorRt), with(Device::Cuda)] {
+                let first = devices.first().copied().unwrap_or(Device::Cuda(0));
+                match why_not(first, manifest).map_or_else(|| check_all(&devices, manifest), |reason| Ok(Some(reason)))
+                {
+                    Ok(None) => return Ok(chosen(devices, reasons.into_iter().next())),
+                    Ok(Some(reason)) => reasons.push(reason),
+                    Err(error) => reasons.push(format!("no {}: {error}", title(first))),
+                }
+            }
+            check_cpu(Device::Cpu, manifest)?;
+            check_device(Device::Cpu, manifest)?;
+            // Whatever CUDA lacks, TensorRT lacks as well.
+            return Ok(chosen(on_cpu(), reasons.pop()));
+        }
+    };
+    check_all(&asked, manifest)?;
+    Ok(chosen(asked, None))
+}
+
+/// Why `auto` leaves out a device that would work.
+fn why_not(device: Device, manifest: &Manifest) -> Option<String> {
+    if check_device(device, manifest).is_err() {
+        return Some(format!("{} does not run {} bundles", title(device), manifest.header.precision.name()));
+    }
+    (decoder_device(device, manifest) == Device::Cpu)
+        .then(|| "CUDA has no attention in fp32; --provider cuda runs the vision tower there".to_owned())
+}
+
+fn title(device: Device) -> &'static str {
+    match device {
+        Device::Cpu => "CPU",
+        Device::Cuda(_) => "CUDA",
+        Device::TensorRt(_) => "TensorRT",
+    }
+}
+
+/// Checks each of `devices`; `None` stands for: no reason not to.
+fn check_all(devices: &[Device], manifest: &Manifest) -> Result<Option<String>> {
+    for &device in devices {
+        check_device(device, manifest)?;
+        check_cpu(device, manifest)?;
+        check_machine(device)?;
+    }
+    Ok(None)
+}
+
+/// Whether this machine has what `device` needs: libraries, versions, driver, the GPU itself, and the provider.
+pub(super) fn check_machine(device: Device) -> Result<()> {
+    let Some(index) = device.gpu_index() else { return Ok(()) };
+    runtime::check_libraries(device)?;
+    let count = runtime::num_gpus()?;
+    if index < 0 || index >= count {
+        let there = runtime::gpu_names().unwrap_or_default();
+        let listed = if there.is_empty() { String::new() } else { format!(": {}", there.join(", ")) };
+        return Err(Error::Setting {
+            reason: format!("--device {index}: CUDA sees {count} GPUs{listed}"),
+            hint: "use an index from 0; CUDA_VISIBLE_DEVICES hides GPUs".to_owned(),
+        });
+    }
+    provider::probe(device)
+}
+
+/// # Errors
+/// [`Error::Setting`] when this processor would sum the bundle's integers wrongly.
+fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
+    let is_int8 = [manifest.header.precision, manifest.header.vision_precision].contains(&Precision::Int8);
+    let is_exact = manifest.header.reduce_range || host::sums_8_bit_products_exactly();
+    if device != Device::Cpu || !is_int8 || is_exact {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        reason: "this processor has no VNNI: ONNX Runtime's sums of 8-bit products would overflow".to_owned(),
+        hint: "export again with --reduce-range (7-bit weights), or with --precision int8-block".to_owned(),
+    })
+}
