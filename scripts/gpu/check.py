@@ -68,7 +68,8 @@ def machine(program: Program) -> Result:
     found["system"] = platform.platform()
     found["program"] = output_of(program.recaption, "--version") or "none"
     found["commit"] = output_of("git", "rev-parse", "--short", "HEAD") + changed
-    found["ONNX Runtime"] = os.environ.get("ORT_DYLIB_PATH", "where recaption looks for it")
+    given = os.environ.get("ORT_DYLIB_PATH")
+    found["ONNX Runtime"] = Path(given).name if given else "where recaption looks for it"
     return found
 
 
@@ -138,7 +139,7 @@ def check(program: Program, stages: list[str], redo: bool, report: Path) -> dict
                 f"{name}: {result['status']} {result.get('reason', '')}".rstrip(), file=sys.stderr, flush=True
             )
             write_whole(path, json.dumps(results[name], indent=1))
-        write_whole(report, render(machine(program), results, program.provider))
+        write_whole(report, program.without_paths(render(machine(program), results, program.provider)))
     return results
 
 

@@ -1,5 +1,5 @@
 """What scripts/gpu_check.sh can check of itself without a GPU: its command lines against the program's own
-parser, its inputs, the 8B checkpoint's maker, the table of GPUs, the readings of nvidia-smi and the report."""
+parser, its inputs, the 8B checkpoint's maker, the table of GPUs, nvidia-smi's readings and the report."""
 
 from __future__ import annotations
 

@@ -116,7 +116,16 @@ class Program:
         return finished
 
     def note(self, command: list[str], code: int | None, output: str) -> None:
-        self.failures.append({"command": " ".join(command), "code": code, "output": output[-TAIL:]})
+        failure = {"command": " ".join(command), "code": code, "output": output[-TAIL:]}
+        self.failures.append(failure)
+
+    def without_paths(self, text: str) -> str:
+        """`text` without where things lie on this machine: reports are there to be shown."""
+        return (
+            text.replace(str(self.out), "OUT/gpu_check")
+            .replace(f"{ROOT}/", "")
+            .replace(str(Path.home()), "~")
+        )
 
     def run(self, *args: object, may_fail: bool = False, good: tuple[int, ...] = (0,)) -> Finished:
         """Runs recaption."""
@@ -170,6 +179,11 @@ class Program:
         said = [
             line for line in finished.stderr.splitlines() if line.startswith("provider:") or "memory:" in line
         ]
+        asked = str(options[options.index("--provider") + 1])
+        if not any(line.startswith(f"provider: {asked}") for line in said):
+            raise Failed(
+                f"asked for {asked}, ran on something else: {said[0] if said else 'it does not say'}"
+            )
         ids = {row["key"]: row["token_ids"] for row in rows}
         return Captions(ids, summary, said, float(rates[-1]) if rates else None, finished.ended)
 

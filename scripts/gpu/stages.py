@@ -34,8 +34,8 @@ from program import (
 from sampler import Sampler, summarize
 
 # Share of token ids, up to a caption's first difference, that a provider must have in common with the CPU in
-# the same precision (bf16: with fp32, since the CPU has no bf16). Greedy ids of random weights part at the first
-# near-tie, so that only fp32 is held to all. The floors are set by judgement: no GPU has been measured.
+# the same precision (bf16: with fp32, since the CPU has no bf16). Greedy ids of random weights part at the
+# first near-tie, so that only fp32 is held to all. The floors are set by judgement: no GPU has been measured.
 FLOORS = {"fp32": 1.0, "fp16": 0.7, "bf16": 0.5, "int8-block": 0.7, "int4": 0.7}
 FLOATS = ("fp32", "fp16", "bf16")
 # What TensorRT builds engines for: each takes it a minute or so.
