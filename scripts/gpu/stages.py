@@ -41,6 +41,8 @@ FLOATS = ("fp32", "fp16", "bf16")
 # What TensorRT builds engines for: each takes it a minute or so.
 TENSORRT_CHECKPOINTS = ("published-f16", "saved-v5-bf16")
 GRAPH_ROUNDS = 3
+# Photographs of the size that web images have: larger ones would measure the decoding of JPEGs.
+WEB_IMAGE_BYTES = range(10_000, 200_000)
 GIB = 1 << 30
 # Checkpoint 17 GB, fp16 bundle 17 GB, int4 bundle 6 GB, engines.
 FREE_BYTES = 50 * GIB
@@ -446,7 +448,8 @@ def rates(program: Program, bundle: Path, captions: Captions, case: tuple[list[i
 
 def repeated_images(program: Program, count: int) -> Path:
     """A folder of `count` pictures, the same again and again: photographs where fetched, else tiny ones."""
-    sources = sorted(PHOTOS.glob("*.jpg")) or sorted((IMAGES / "42").glob("*.png"))
+    photos = [path for path in sorted(PHOTOS.glob("*.jpg")) if path.stat().st_size in WEB_IMAGE_BYTES]
+    sources = photos or sorted((IMAGES / "42").glob("*.png"))
     if not sources:
         raise Failed(f"no pictures in `{IMAGES.relative_to(ROOT)}`")
     folder = program.out / f"images-{count}-of-{len(sources)}"
