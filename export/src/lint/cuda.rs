@@ -1,0 +1,145 @@
+//! Whether ONNX Runtime's CUDA provider takes every node of a graph, and where each value lies.
+
+use std::collections::{HashMap, HashSet};
+
+use super::schema::{TABLE, TypedNode, Types, infer};
+use super::{Graph, Problem};
+use crate::proto::{ModelProto, NodeProto};
+
+/// Operators with subgraphs. CUDA has kernels for them, but a captured graph cannot branch.
+const CONTROL_FLOW: &[&str] = &["If", "Loop", "Scan"];
+/// Elements of an initialiser that ONNX Runtime takes along when it moves a node to the CPU
+/// (`kSmallInitializerThreshold` of onnxruntime/core/framework/fallback_cpu_capability.cc).
+const MAX_SMALL_INITIALIZER: i64 = 100;
+
+pub(super) fn version() -> &'static str {
+    &TABLE.version
+}
+
+/// Where ONNX Runtime puts things when a graph runs on CUDA.
+///
+/// What is here on the host is shape computation, and no obstacle to a CUDA graph: capture asks that no copies were inserted
+/// and that every node is CUDA's or the CPU's (`InferenceSession`). But a captured graph holds kernels only: the host's part
+/// runs at capture and its results (shapes, and the value of each of `host_inputs`) are baked in. So one captured graph is good
+/// for one shape of the inputs, and a host input must hold a value that is right for all replays, such as the cache's length for
+/// `total_sequence_length`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CudaPlacement {
+    /// Inputs of the graph that are read on the host: bind them to host memory.
+    pub host_inputs: Vec<String>,
+    /// Nodes that go to the CPU although CUDA has kernels, since all they take is on the host (`GetCpuPreferredNodes`).
+    pub cpu_nodes: Vec<String>,
+}
+
+/// Where ONNX Runtime would put the graph's inputs and nodes; nodes without a kernel are taken for CUDA's.
+#[must_use]
+pub fn cuda_placement(model: &ModelProto) -> CudaPlacement {
+    let graph = Graph::new(model);
+    let (types, nodes) = infer(&graph);
+    let placed = Placed::new(&graph, &types, &nodes);
+    let proto = graph.proto;
+    let mut host_inputs = Vec::new();
+    for info in &proto.input {
+        let name = info.name.as_deref().unwrap_or_default();
+        let mut readers = proto.node.iter().enumerate().flat_map(|(at, node)| {
+            node.input.iter().enumerate().filter(|(_, value)| *value == name).map(move |(index, _)| (at, index))
+        });
+        if readers.any(|(at, index)| placed.reads_on_host(at, &nodes[at], index)) {
+            host_inputs.push(name.to_owned());
+        }
+    }
+    let names = proto.node.iter().zip(&placed.is_on_cpu).filter(|(_, is_on_cpu)| **is_on_cpu);
+    CudaPlacement { host_inputs, cpu_nodes: names.map(|(node, _)| node.name.clone().unwrap_or_default()).collect() }
+}
+
+pub(super) fn check(graph: &Graph<'_>) -> Vec<(String, Problem)> {
+    let (types, nodes) = infer(graph);
+    let mut found = Vec::new();
+    for (node, typed) in graph.proto.node.iter().zip(&nodes) {
+        let place = node.name.clone().unwrap_or_default();
+        if CONTROL_FLOW.contains(&typed.op.as_str()) {
+            found.push((place, Problem::ControlFlow { op: typed.op.clone() }));
+        } else if let Some(problem) = typed.type_problem() {
+            found.push((place, problem));
+        } else if !typed.has_kernel() {
+            let TypedNode { op, opset, .. } = typed;
+            found.push((place, Problem::NoKernel { op: op.clone(), opset: *opset, types: types.of_inputs(node) }));
+        }
+    }
+    found.extend(copies(graph, &types, &nodes));
+    found
+}
+
+struct Placed<'g> {
+    /// By node.
+    is_on_cpu: Vec<bool>,
+    /// Values that nodes leave on the host.
+    on_host: HashSet<&'g str>,
+}
+
+impl<'g> Placed<'g> {
+    /// As `GetCpuPreferredNodes` does: a node that reads what another one left on the host goes to the CPU when all it takes
+    /// is such, a small initialiser or an input of the graph, is not in 16-bit floats, and is not read on the host anyway.
+    fn new(graph: &Graph<'g>, types: &Types<'_>, nodes: &[TypedNode]) -> Self {
+        let inputs: HashSet<&str> = graph.proto.input.iter().filter_map(|info| info.name.as_deref()).collect();
+        let small = graph.proto.initializer.iter().filter(|tensor| {
+            tensor
+                .dims
+                .iter()
+                .try_fold(1_i64, |size, &dim| size.checked_mul(dim))
+                .is_some_and(|size| size <= MAX_SMALL_INITIALIZER)
+        });
+        let small: HashSet<&str> = small.filter_map(|tensor| tensor.name.as_deref()).collect();
+        let mut placed = Self { is_on_cpu: Vec::with_capacity(nodes.len()), on_host: HashSet::new() };
+        for (node, typed) in graph.proto.node.iter().zip(nodes) {
+            let may_move = |(index, value): (usize, &String)| {
+                let value = value.as_str();
+                let is_at_hand = small.contains(value) || inputs.contains(value);
+                let is_left = placed.on_host.contains(value) && !typed.is_host_input(index);
+                !types.is_half(value) && (is_at_hand || is_left)
+            };
+            let reads_host = node.input.iter().any(|value| placed.on_host.contains(value.as_str()));
+            let is_on_cpu = reads_host && node.input.iter().enumerate().all(may_move);
+            for (index, value) in node.output.iter().enumerate() {
+                if is_on_cpu || typed.is_host_output(index) {
+                    placed.on_host.insert(value);
+                }
+            }
+            placed.is_on_cpu.push(is_on_cpu);
+        }
+        placed
+    }
+
+    /// Whether node `at` reads its input `index` on the host. `Shape` reads none of it.
+    fn reads_on_host(&self, at: usize, node: &TypedNode, index: usize) -> bool {
+        self.is_on_cpu[at] || node.is_host_input(index)
+    }
+}
+
+/// Values that are made on one side and read on the other. Initialisers are put where they are read, on both sides if need be.
+fn copies(graph: &Graph<'_>, types: &Types<'_>, nodes: &[TypedNode]) -> Vec<(String, Problem)> {
+    let placed = Placed::new(graph, types, nodes);
+    let made: HashSet<&str> = graph.proto.node.iter().flat_map(|node| &node.output).map(String::as_str).collect();
+    let inputs: HashSet<&str> = graph.proto.input.iter().filter_map(|info| info.name.as_deref()).collect();
+    let mut found = Vec::new();
+    // An input of the graph lies where its first reader wants it.
+    let mut bound: HashMap<&str, bool> = HashMap::new();
+    for (at, node) in graph.proto.node.iter().enumerate() {
+        let NodeProto { input, name, .. } = node;
+        for (index, value) in input.iter().enumerate() {
+            let reads_on_host = placed.reads_on_host(at, &nodes[at], index);
+            let is_on_host = if made.contains(value.as_str()) {
+                placed.on_host.contains(value.as_str())
+            } else if inputs.contains(value.as_str()) {
+                *bound.entry(value).or_insert(reads_on_host)
+            } else {
+                continue;
+            };
+            if is_on_host != reads_on_host {
+                let problem = Problem::Copy { value: value.clone(), to_host: reads_on_host };
+                found.push((name.clone().unwrap_or_default(), problem));
+            }
+        }
+    }
+    found
+}
