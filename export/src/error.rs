@@ -245,6 +245,9 @@ impl Error {
             Self::InvalidGraph { .. } | Self::ForeignOperator { .. } | Self::TooLarge { .. } => {
                 Some(EXPORT_AGAIN.to_owned())
             }
+            Self::UnfitForGpu(_) => {
+                Some("this is a bug of the exporter: please report the checkpoint's config.json".to_owned())
+            }
             _ => None,
         }
     }

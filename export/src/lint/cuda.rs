@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::schema::{TABLE, TypedNode, Types, infer};
-use super::{Graph, Problem};
-use crate::proto::{ModelProto, NodeProto};
+use super::{Graph, Notes, Problem};
+use crate::proto::ModelProto;
 
 /// Operators with subgraphs. CUDA has kernels for them, but a captured graph cannot branch.
 const CONTROL_FLOW: &[&str] = &["If", "Loop", "Scan"];
@@ -18,11 +18,14 @@ pub(super) fn version() -> &'static str {
 
 /// Where ONNX Runtime puts things when a graph runs on CUDA.
 ///
-/// What is here on the host is shape computation, and no obstacle to a CUDA graph: capture asks that no copies were inserted
-/// and that every node is CUDA's or the CPU's (`InferenceSession`). But a captured graph holds kernels only: the host's part
-/// runs at capture and its results (shapes, and the value of each of `host_inputs`) are baked in. So one captured graph is good
-/// for one shape of the inputs, and a host input must hold a value that is right for all replays, such as the cache's length for
-/// `total_sequence_length`.
+/// What is here on the host is shape computation, and no obstacle to a CUDA graph: ONNX Runtime captures when no copies were
+/// inserted and every node is CUDA's or the CPU's (`InferenceSession`; it warns of the latter). But a captured graph holds
+/// kernels only: the host's part runs at capture, and its results (shapes, and what follows from each of `host_inputs`) are
+/// baked in. So one captured graph is good for one shape of the inputs, and a host input must have a value that is right for all
+/// replays, such as the cache's length for `total_sequence_length`.
+///
+/// onnxruntime-gpu 1.31.1 places the graphs of the tests' checkpoints in the same way, without copies, and takes them for
+/// capture (its log of a session with `enable_cuda_graph`); for a decoder of f32 it reports two copies a layer and refuses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CudaPlacement {
     /// Inputs of the graph that are read on the host: bind them to host memory.
@@ -52,22 +55,22 @@ pub fn cuda_placement(model: &ModelProto) -> CudaPlacement {
     CudaPlacement { host_inputs, cpu_nodes: names.map(|(node, _)| node.name.clone().unwrap_or_default()).collect() }
 }
 
-pub(super) fn check(graph: &Graph<'_>) -> Vec<(String, Problem)> {
+pub(super) fn check(graph: &Graph<'_>) -> Notes {
     let (types, nodes) = infer(graph);
-    let mut found = Vec::new();
+    let mut notes = Notes::default();
     for (node, typed) in graph.proto.node.iter().zip(&nodes) {
-        let place = node.name.clone().unwrap_or_default();
-        if CONTROL_FLOW.contains(&typed.op.as_str()) {
-            found.push((place, Problem::ControlFlow { op: typed.op.clone() }));
+        let TypedNode { op, opset, .. } = typed;
+        if CONTROL_FLOW.contains(&op.as_str()) {
+            notes.at_node(node, Problem::ControlFlow { op: op.clone() });
         } else if let Some(problem) = typed.type_problem() {
-            found.push((place, problem));
+            notes.at_node(node, problem);
         } else if !typed.has_kernel() {
-            let TypedNode { op, opset, .. } = typed;
-            found.push((place, Problem::NoKernel { op: op.clone(), opset: *opset, types: types.of_inputs(node) }));
+            let types = types.of_inputs(node);
+            notes.at_node(node, Problem::NoKernel { op: op.clone(), opset: *opset, types });
         }
     }
-    found.extend(copies(graph, &types, &nodes));
-    found
+    note_copies(graph, &types, &nodes, &mut notes);
+    notes
 }
 
 struct Placed<'g> {
@@ -110,23 +113,22 @@ impl<'g> Placed<'g> {
         placed
     }
 
-    /// Whether node `at` reads its input `index` on the host. `Shape` reads none of it.
+    /// Whether node `at` reads its input `index` on the host.
     fn reads_on_host(&self, at: usize, node: &TypedNode, index: usize) -> bool {
         self.is_on_cpu[at] || node.is_host_input(index)
     }
 }
 
-/// Values that are made on one side and read on the other. Initialisers are put where they are read, on both sides if need be.
-fn copies(graph: &Graph<'_>, types: &Types<'_>, nodes: &[TypedNode]) -> Vec<(String, Problem)> {
+/// Notes values that are made on one side and read on the other. Initialisers are put where they are read, on both sides if
+/// need be.
+fn note_copies(graph: &Graph<'_>, types: &Types<'_>, nodes: &[TypedNode], notes: &mut Notes) {
     let placed = Placed::new(graph, types, nodes);
     let made: HashSet<&str> = graph.proto.node.iter().flat_map(|node| &node.output).map(String::as_str).collect();
     let inputs: HashSet<&str> = graph.proto.input.iter().filter_map(|info| info.name.as_deref()).collect();
-    let mut found = Vec::new();
     // An input of the graph lies where its first reader wants it.
     let mut bound: HashMap<&str, bool> = HashMap::new();
     for (at, node) in graph.proto.node.iter().enumerate() {
-        let NodeProto { input, name, .. } = node;
-        for (index, value) in input.iter().enumerate() {
+        for (index, value) in node.input.iter().enumerate() {
             let reads_on_host = placed.reads_on_host(at, &nodes[at], index);
             let is_on_host = if made.contains(value.as_str()) {
                 placed.on_host.contains(value.as_str())
@@ -136,10 +138,8 @@ fn copies(graph: &Graph<'_>, types: &Types<'_>, nodes: &[TypedNode]) -> Vec<(Str
                 continue;
             };
             if is_on_host != reads_on_host {
-                let problem = Problem::Copy { value: value.clone(), to_host: reads_on_host };
-                found.push((name.clone().unwrap_or_default(), problem));
+                notes.at_node(node, Problem::Copy { value: value.clone(), to_host: reads_on_host });
             }
         }
     }
-    found
 }

@@ -19,7 +19,7 @@ use crate::bundle_manifest::BundleManifest;
 use crate::error::Result;
 use crate::inspect::read_model;
 use crate::manifest::{BundleHeader, DimRange, Precision, Target};
-use crate::proto::{GraphProto, ModelProto};
+use crate::proto::{GraphProto, ModelProto, NodeProto};
 
 pub use self::cuda::{CudaPlacement, cuda_placement};
 pub(crate) use self::operators::{check as check_operators, count_ops, op_name};
@@ -45,7 +45,7 @@ impl GpuProvider {
     }
 
     /// That of a bundle; all of its graphs must have one.
-    fn of_bundle(header: &BundleHeader) -> Option<Self> {
+    pub(crate) fn of_bundle(header: &BundleHeader) -> Option<Self> {
         Self::of(header.target, header.vision_precision).and(Self::of(header.target, header.precision))
     }
 
@@ -182,6 +182,25 @@ impl fmt::Display for Problem {
     }
 }
 
+/// Most that is noted of one graph by one check: a file that anybody may have written can be wrong in a million places.
+const MAX_FINDINGS: usize = 1000;
+
+/// What a check found so far, by place.
+#[derive(Default)]
+struct Notes(Vec<(String, Problem)>);
+
+impl Notes {
+    fn at_node(&mut self, node: &NodeProto, problem: Problem) {
+        self.at(node.name.as_deref().unwrap_or_default(), problem);
+    }
+
+    fn at(&mut self, place: &str, problem: Problem) {
+        if self.0.len() < MAX_FINDINGS {
+            self.0.push((place.to_owned(), problem));
+        }
+    }
+}
+
 /// A graph that is looked at.
 struct Graph<'a> {
     model: &'a ModelProto,
@@ -214,13 +233,12 @@ pub fn check(
     profile: &BTreeMap<String, DimRange>,
 ) -> Vec<Finding> {
     let graph = Graph::new(model);
-    let mut found = shapes::check(&graph, profile);
-    found.extend(match provider {
+    let of_provider = match provider {
         GpuProvider::Cuda => cuda::check(&graph),
         GpuProvider::TensorRt => tensorrt::check(&graph),
-    });
-    let finding = |(place, problem)| Finding { provider, graph: name.to_owned(), place, problem };
-    found.into_iter().map(finding).collect()
+    };
+    let found = shapes::check(&graph, profile).0.into_iter().chain(of_provider.0);
+    found.map(|(place, problem)| Finding { provider, graph: name.to_owned(), place, problem }).collect()
 }
 
 /// What keeps the GPU provider that the bundle was exported for from running its graphs whole; nothing where it was exported

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use serde::Deserialize;
 
 use super::schema::infer;
-use super::{Graph, Problem};
+use super::{Graph, Notes, Problem};
 
 #[derive(Deserialize)]
 struct Table {
@@ -36,35 +36,31 @@ pub(super) fn version() -> &'static str {
     &TABLE.version
 }
 
-pub(super) fn check(graph: &Graph<'_>) -> Vec<(String, Problem)> {
+pub(super) fn check(graph: &Graph<'_>) -> Notes {
     let (types, nodes) = infer(graph);
     let constants: HashSet<&str> = graph.proto.initializer.iter().filter_map(|tensor| tensor.name.as_deref()).collect();
     let [first, last] = TABLE.opsets;
-    let mut found = Vec::new();
+    let mut notes = Notes::default();
     for (node, typed) in graph.proto.node.iter().zip(&nodes) {
-        let mut note = |problem| found.push((node.name.clone().unwrap_or_default(), problem));
-        let (op, input_types) = (&typed.op, types.of_inputs(node));
-        let known = TABLE.operators.iter().find(|known| known.op == *op);
-        let known = known.filter(|known| input_types.iter().all(|found| known.types.contains(found)));
-        let Some(known) = known.filter(|_| (first..=last).contains(&typed.opset)) else {
-            note(typed.type_problem().filter(|_| known.is_some()).unwrap_or_else(|| Problem::NoKernel {
-                op: op.clone(),
-                opset: typed.opset,
-                types: input_types,
-            }));
+        let op = &typed.op;
+        if let Some(problem) = typed.type_problem() {
+            notes.at_node(node, problem);
+            continue;
+        }
+        let types = types.of_inputs(node);
+        let takes = |known: &&Operator| known.op == *op && types.iter().all(|found| known.types.contains(found));
+        let known = TABLE.operators.iter().find(takes).filter(|_| (first..=last).contains(&typed.opset));
+        let Some(known) = known else {
+            notes.at_node(node, Problem::NoKernel { op: op.clone(), opset: typed.opset, types });
             continue;
         };
-        if let Some(problem) = typed.type_problem() {
-            note(problem);
-        }
-        for &index in &known.constant_inputs {
-            if let Some(value) = node.input.get(index).filter(|value| !constants.contains(value.as_str())) {
-                note(Problem::NotConstant { op: op.clone(), input: value.clone() });
-            }
+        let constant_inputs = known.constant_inputs.iter().filter_map(|&index| node.input.get(index));
+        for value in constant_inputs.filter(|value| !constants.contains(value.as_str())) {
+            notes.at_node(node, Problem::NotConstant { op: op.clone(), input: value.clone() });
         }
         if known.max_outputs.is_some_and(|max| node.output.len() > max) {
-            note(Problem::ExtraOutput { op: op.clone() });
+            notes.at_node(node, Problem::ExtraOutput { op: op.clone() });
         }
     }
-    found
+    notes
 }

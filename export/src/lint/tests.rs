@@ -1,8 +1,10 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
 use super::*;
-use crate::graph::MICROSOFT;
+use crate::graph::{Attribute, DataType, GraphBuilder, MICROSOFT};
+use crate::precision::GraphFormat;
 use crate::proto::{
     AttributeProto, Dimension, DimensionProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto,
     TensorTypeProto, TypeProto, ValueInfoProto,
@@ -17,7 +19,12 @@ const CHECKPOINTS: &[&str] = &[
     "checkpoints/memory4-wide-heads-f16",
     "checkpoints/full-features-bf16",
 ];
-const CLIPS: &[&str] = &["clip/gelu-f16", "clip/legacy-eos-f32"];
+const CLIPS: &[&str] = &[
+    "clip/gelu-f16",
+    "clip/legacy-eos-f32",
+    "clip/openai-f16/model.safetensors",
+    "clip/openai-long-f16/model.safetensors",
+];
 
 fn test_data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name)
@@ -75,6 +82,7 @@ fn bundles_for_a_gpu_run_on_it_whole_but_for_f32_attention() {
 fn a_clip_for_a_gpu_runs_on_it_whole() {
     for name in CLIPS {
         for (options, _) in formats() {
+            let options = ExportOptions { tokenizer: Some(test_data(CLIPS[0])), ..options };
             let found = findings(&test_data(name), &options);
             let what = format!("{name} {} {}", options.target.name(), options.precision.name());
             assert_eq!(found, [], "{what}");
@@ -90,16 +98,27 @@ fn int8_is_for_the_cpu() {
     assert!(!is_for_gpu(Target::Ort, Precision::Int8) && is_for_gpu(Target::Ort, Precision::Int4));
 }
 
+/// As onnxruntime-gpu 1.31.1 places them, by its log.
 #[test]
-fn the_decoder_reads_one_input_on_the_host_and_computes_one_shape_there() {
+fn shapes_alone_are_computed_on_the_host() {
     let folder = tempfile::tempdir().unwrap();
-    let bundle = folder.path().join("bundle");
     let options = ExportOptions { precision: Precision::Fp16, ..ExportOptions::default() };
-    export(&test_data(CHECKPOINTS[0]), &bundle, &options).unwrap();
-    let (model, _) = read_model(&bundle.join("decoder.onnx")).unwrap();
-    let CudaPlacement { host_inputs, cpu_nodes } = cuda_placement(&model);
-    assert_eq!(host_inputs, ["total_sequence_length"]);
-    assert_eq!(cpu_nodes, ["/shape/Concat"]);
+    let placement = |checkpoint: &str, graph: &str| {
+        let bundle = folder.path().join(checkpoint);
+        if !bundle.exists() {
+            export(&test_data(checkpoint), &bundle, &options).unwrap();
+        }
+        let (model, _) = read_model(&bundle.join(graph)).unwrap();
+        let CudaPlacement { host_inputs, cpu_nodes } = cuda_placement(&model);
+        (host_inputs.join(" "), cpu_nodes.join(" "))
+    };
+    let expected = |host_inputs: &str, cpu_nodes: &str| (host_inputs.to_owned(), cpu_nodes.to_owned());
+    let (llava, clip) = (CHECKPOINTS[0], CLIPS[0]);
+    assert_eq!(placement(llava, "decoder.onnx"), expected("total_sequence_length", "/shape/Concat"));
+    assert_eq!(placement(llava, "vision_tower.onnx"), expected("", "/embeddings/Concat"));
+    assert_eq!(placement(llava, "projector.onnx"), expected("", ""));
+    assert_eq!(placement(clip, "image_tower.onnx"), expected("", "/embeddings/Concat"));
+    assert_eq!(placement(clip, "text_tower.onnx"), expected("", "/shape/Concat /shape/Concat_1 /mask/Gather"));
 }
 
 const FLOAT: i32 = 1;
@@ -284,4 +303,39 @@ fn dimensions_are_numbers_or_names_with_a_range_and_shapes_do_not_depend_on_data
         node("Reshape", &["x", "Concat_out"], &[]),
     ];
     assert_eq!(depends(reshape), BTreeSet::new());
+}
+
+#[test]
+fn a_graph_that_is_wrong_everywhere_is_not_told_at_length() {
+    let nodes = vec![node("If", &["x", "nowhere"], &[]); 5000];
+    assert_eq!(messages(GpuProvider::Cuda, &model(&[("x", 9)], nodes)).len(), MAX_FINDINGS);
+    assert_eq!(messages(GpuProvider::Cuda, &ModelProto::default()), [""; 0]);
+}
+
+#[test]
+fn export_refuses_a_graph_that_its_gpu_could_not_run_whole() {
+    let format = GraphFormat::of(&ExportOptions::default(), Precision::Bf16).unwrap();
+    let write = |graph: GraphBuilder<'_>| {
+        let folder = tempfile::tempdir().unwrap();
+        let result = graph.write(folder.path(), &AtomicBool::new(false));
+        let is_empty = std::fs::read_dir(folder.path()).unwrap().next().is_none();
+        result.map(|_| ()).map_err(|error| (error.to_string(), error.hint().is_some(), is_empty))
+    };
+    let build = |dim: &str| {
+        let mut graph = GraphBuilder::new("decoder", format);
+        graph.dim_range("batch", (1, 1, 8));
+        let logits = graph.input("logits", DataType::BF16, vec![dim.into(), 4.into()]);
+        (graph, logits)
+    };
+    let (mut graph, logits) = build("batch");
+    graph.node("ArgMax", "/ArgMax", &[&logits], vec![("axis", Attribute::Int(-1))]);
+    let message =
+        "`decoder` `/ArgMax`: no kernel for operator `ArgMax` of opset 23 with bfloat16 (onnxruntime-gpu 1.31.1)";
+    assert_eq!(write(graph), Err((message.to_owned(), true, true)));
+    let (graph, _) = build("rows");
+    let message = "`decoder` `logits`: dimension `rows` has no range in the profile (onnxruntime-gpu 1.31.1)";
+    assert_eq!(write(graph), Err((message.to_owned(), true, true)));
+    let (mut graph, logits) = build("batch");
+    graph.node("Softmax", "/Softmax", &[&logits], vec![]);
+    assert_eq!(write(graph), Ok(()));
 }
