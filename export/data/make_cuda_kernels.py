@@ -1,8 +1,8 @@
-"""Writes cuda_kernels.json: the CUDA kernels of an onnxruntime-gpu wheel for the operators that graphs here use.
+"""Writes cuda_kernels.json: CUDA's kernels in an onnxruntime-gpu wheel for the operators that graphs use.
 
-The kernels are those of `get_all_opkernel_def`, which onnxruntime's docs/OperatorKernels.md is generated with; operator
-versions and parameters are the schemas of `onnx` and of the wheel. Nothing runs on a GPU, but the libraries that the CUDA
-and TensorRT providers link must load. Usage: python make_cuda_kernels.py OUT
+The kernels are those of `get_all_opkernel_def`, which onnxruntime's docs/OperatorKernels.md is generated
+with; operator versions and parameters are the schemas of `onnx` and of the wheel. Nothing runs on a GPU, but
+the libraries that the CUDA and TensorRT providers link must load. Usage: python make_cuda_kernels.py OUT
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 OPSETS = range(20, 24)
 """Versions of the standard operators that exported graphs import (20 and 23), and those between."""
 
-NAMES = """Abs Add And ArgMax Cast Concat Conv Div Equal Expand Gather GatherND Gelu Gemm GreaterOrEqual Identity
-LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul QuantizeLinear RMSNormalization Range ReduceMax ReduceMean
-ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Sqrt Sub Transpose Unsqueeze Where""".split()
+NAMES = """Abs Add And ArgMax Cast Concat Conv Div Equal Expand Gather GatherND Gelu Gemm GreaterOrEqual
+Identity LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul QuantizeLinear RMSNormalization
+Range ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Sqrt Sub Transpose Unsqueeze
+Where""".split()
 
 MICROSOFT_NAMES = """FusedMatMul GroupQueryAttention MatMulNBits QGemm QuickGelu
 SkipSimplifiedLayerNormalization""".split()
@@ -29,8 +30,8 @@ HOST_INPUTS = {
     "Expand": [1], "Range": [0, 1, 2], "ReduceMax": [1], "ReduceMean": [1], "ReduceSum": [1], "Reshape": [1],
     "Slice": [1, 2, 3, 4], "Unsqueeze": [1], "com.microsoft.GroupQueryAttention": [6],
 }  # fmt: skip
-"""`InputMemoryType(OrtMemTypeCPUInput, …)` of the kernels' registrations in onnxruntime/core/providers/cuda and
-onnxruntime/contrib_ops/cuda: `get_all_opkernel_def` does not tell."""
+"""`InputMemoryType(OrtMemTypeCPUInput, …)` of the kernels' registrations in onnxruntime/core/providers/cuda
+and onnxruntime/contrib_ops/cuda: `get_all_opkernel_def` does not tell."""
 
 HOST_OUTPUTS = {"Shape": [0]}
 """`OutputMemoryType` likewise."""
@@ -49,14 +50,15 @@ def parameter(name: str, type_name: str) -> dict[str, str]:
 
 
 def kernels_of(definitions: list, domain: str, name: str, since: int) -> list[dict[str, list[str]]]:
-    """By KernelRegistry's rule: an operator's version is the kernel's first, or within its range where that has an end."""
+    """By KernelRegistry's rule: the version is the kernel's first, or within its range if that ends."""
     found = []
     for kernel in definitions:
         if (kernel.provider, kernel.domain, kernel.op_name) != ("CUDAExecutionProvider", domain, name):
             continue
         first, last = kernel.version_range
         if first == since or (last != NO_END and first <= since <= last):
-            types = {key: [plain(t) for t in value if plain(t)] for key, value in kernel.type_constraints.items()}
+            constraints = kernel.type_constraints.items()
+            types = {key: [plain(t) for t in value if plain(t)] for key, value in constraints}
             if types not in found:
                 found.append(types)
     return found
@@ -95,9 +97,10 @@ def main() -> None:
         lines.append("  " + json.dumps(entry))
     head = {
         "version": f"onnxruntime-gpu {onnxruntime.__version__}",
-        "source": "kernel definitions of the CUDA provider as get_all_opkernel_def lists them, from which onnxruntime's "
-        "docs/OperatorKernels.md is generated; schemas of onnx " + onnx.__version__ + "; memory types from the kernels' "
-        "registrations in onnxruntime/core/providers/cuda and onnxruntime/contrib_ops/cuda; see make_cuda_kernels.py",
+        "source": "kernel definitions of the CUDA provider as get_all_opkernel_def lists them, from which "
+        "onnxruntime's docs/OperatorKernels.md is generated; schemas of onnx " + onnx.__version__ + "; "
+        "memory types from the kernels' registrations in onnxruntime/core/providers/cuda and "
+        "onnxruntime/contrib_ops/cuda; see make_cuda_kernels.py",
     }
     text = json.dumps(head)[:-1] + ', "operators": [\n' + ",\n".join(lines) + "\n]}\n"
     json.loads(text)

@@ -25,7 +25,8 @@ pub(super) fn version() -> &'static str {
 /// replays, such as the cache's length for `total_sequence_length`.
 ///
 /// onnxruntime-gpu 1.31.1 places the graphs of the tests' checkpoints in the same way, without copies, and takes them for
-/// capture (its log of a session with `enable_cuda_graph`); for a decoder of f32 it reports two copies a layer and refuses.
+/// capture; for a decoder of f32 it reports two copies a layer and refuses. (What it logs of a session with `enable_cuda_graph`,
+/// made with stand-ins for CUDA's own libraries: nothing was computed.)
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CudaPlacement {
     /// Inputs of the graph that are read on the host: bind them to host memory.

@@ -45,7 +45,7 @@ impl GpuProvider {
     }
 
     /// That of a bundle; all of its graphs must have one.
-    pub(crate) fn of_bundle(header: &BundleHeader) -> Option<Self> {
+    fn of_bundle(header: &BundleHeader) -> Option<Self> {
         Self::of(header.target, header.vision_precision).and(Self::of(header.target, header.precision))
     }
 
