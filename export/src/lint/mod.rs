@@ -17,8 +17,9 @@ use std::path::Path;
 
 use crate::bundle_manifest::BundleManifest;
 use crate::error::Result;
+use crate::graph::DataType;
 use crate::inspect::read_model;
-use crate::manifest::{BundleHeader, DimRange, Precision, Target};
+use crate::manifest::{BundleHeader, BundleKind, DimRange, Precision, Target};
 use crate::proto::{GraphProto, ModelProto, NodeProto};
 
 pub use self::cuda::{CudaPlacement, cuda_placement};
@@ -135,6 +136,15 @@ pub enum Problem {
 /// Why a decoder with f32 attention is written although CUDA has no kernel for it.
 const F32_ATTENTION: &str =
     "CUDA's GroupQueryAttention is f16 and bf16 only: a decoder with f32 activations runs on the CPU";
+
+/// Why the decoder of such a bundle cannot run on CUDA although the bundle is for it, without a look at its graphs: what
+/// [`Finding::exception`] says of the findings that it would have.
+#[must_use]
+pub fn cuda_exception(header: &BundleHeader) -> Option<&'static str> {
+    let is_for_cuda = GpuProvider::of_bundle(header) == Some(GpuProvider::Cuda);
+    let has_f32_attention = header.kind == BundleKind::Llava && header.activations == DataType::F32;
+    (is_for_cuda && has_f32_attention).then_some(F32_ATTENTION)
+}
 
 impl Finding {
     /// Why this finding is known and no fault of the graph. There is one exception: `GroupQueryAttention` of f32, which CUDA

@@ -36,6 +36,11 @@ pub(super) fn version() -> &'static str {
     &TABLE.version
 }
 
+#[cfg(test)]
+pub(super) fn has(op: &str) -> bool {
+    TABLE.operators.iter().any(|known| known.op == op)
+}
+
 pub(super) fn check(graph: &Graph<'_>) -> Notes {
     let (types, nodes) = infer(graph);
     let constants: HashSet<&str> = graph.proto.initializer.iter().filter_map(|tensor| tensor.name.as_deref()).collect();

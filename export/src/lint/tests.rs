@@ -34,7 +34,9 @@ fn findings(checkpoint: &Path, options: &ExportOptions) -> Vec<Finding> {
     let folder = tempfile::tempdir().unwrap();
     let bundle = folder.path().join("bundle");
     let manifest = export(checkpoint, &bundle, options).unwrap();
-    check_bundle(&bundle, &manifest).unwrap()
+    let found = check_bundle(&bundle, &manifest).unwrap();
+    assert_eq!(found.iter().find_map(Finding::exception), cuda_exception(manifest.header()));
+    found
 }
 
 /// Every format that the CUDA and TensorRT providers are to take, and whether it is one whose decoder has f32 attention.
