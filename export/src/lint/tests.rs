@@ -100,7 +100,7 @@ fn int8_is_for_the_cpu() {
     assert!(!is_for_gpu(Target::Ort, Precision::Int8) && is_for_gpu(Target::Ort, Precision::Int4));
 }
 
-/// As onnxruntime-gpu 1.31.1 places them, by its log.
+/// As onnxruntime-gpu 1.31.1 places them, by its log: see [`CudaPlacement`].
 #[test]
 fn shapes_alone_are_computed_on_the_host() {
     let folder = tempfile::tempdir().unwrap();
