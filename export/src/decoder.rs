@@ -286,7 +286,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let last_axis = graph.shape(&[-1]);
         let keepdims = vec![("keepdims", Attribute::Int(0))];
         let sum = graph.node("ReduceSum", "/next/ReduceSum", &[&zeros, &last_axis], keepdims);
-        // The sum is 0 or NaN, which is not at least 0. (Equal has no CUDA kernel at this opset.)
+        // The sum is 0 or NaN, which is not at least 0. (onnxruntime 1.25's CUDA provider has no Equal at this opset; 1.31.1 has.)
         let is_finite = graph.node("GreaterOrEqual", "/next/GreaterOrEqual", &[&sum, &zero], vec![]);
         graph.node_named("", "Where", "/next/Where", &[&is_finite, &best, &minus_one], &[next_ids], vec![]);
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::lint::Finding;
 use crate::torch_file::TorchFileError;
 use crate::verify::{Difference, FileDifference};
 
@@ -161,6 +162,9 @@ pub enum Error {
         /// The target.
         target: &'static str,
     },
+    /// A graph that the GPU it is for could not run whole: a bug of the exporter.
+    #[error("{0}")]
+    UnfitForGpu(Finding),
     /// A file is larger than any of its kind: not read.
     #[error("`{path}` is larger than {max_bytes} bytes, the most that is read of such a file")]
     TooLarge {
@@ -240,6 +244,9 @@ impl Error {
             }
             Self::InvalidGraph { .. } | Self::ForeignOperator { .. } | Self::TooLarge { .. } => {
                 Some(EXPORT_AGAIN.to_owned())
+            }
+            Self::UnfitForGpu(_) => {
+                Some("this is a bug of the exporter: please report the checkpoint's config.json".to_owned())
             }
             _ => None,
         }

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::data_file::DataFile;
 use crate::error::{Error, Result};
+use crate::lint;
 use crate::manifest::{BundleFile, DimRange, GraphFile, Saturation, Target, TensorSpec};
 use crate::precision::GraphFormat;
 use crate::proto::{
@@ -402,12 +403,36 @@ impl<'a> GraphBuilder<'a> {
         }
     }
 
+    /// # Errors
+    /// [`Error::UnfitForGpu`] with the first finding that is no exception, where the graph is for a GPU.
+    fn check_for_gpu(&self) -> Result<()> {
+        let Some(provider) = self.format.gpu_provider() else { return Ok(()) };
+        let further = |data: &InitializerData<'a>| match data {
+            InitializerData::Bytes(_) => vec![],
+            InitializerData::Weight { further, .. } => further.iter().map(TensorHead::proto).collect(),
+        };
+        let initializers = self.initializers.iter();
+        let graph = GraphProto {
+            node: self.nodes.clone(),
+            name: Some(self.name.to_owned()),
+            initializer: initializers.flat_map(|own| [vec![own.head.proto()], further(&own.data)].concat()).collect(),
+            input: self.inputs.iter().map(value_info).collect(),
+            output: self.outputs.iter().map(value_info).collect(),
+        };
+        let findings = lint::check(provider, self.name, &model(self.format.target, graph), &self.profile);
+        match findings.into_iter().find(|finding| finding.exception().is_none()) {
+            None => Ok(()),
+            Some(finding) => Err(Error::UnfitForGpu(finding)),
+        }
+    }
+
     /// Writes `NAME.onnx` and, where there are weights, `NAME.onnx.data` into `folder`.
     ///
     /// # Errors
     /// The disk's, [`Error::NonFiniteWeight`], [`Error::Cancelled`], or an operator that the target does not have.
     pub(crate) fn write(self, folder: &Path, cancel: &AtomicBool) -> Result<WrittenGraph> {
-        crate::lint::check(self.name, &self.nodes, self.format.target)?;
+        lint::check_operators(self.name, &self.nodes, self.format.target)?;
+        self.check_for_gpu()?;
         let model_file = format!("{}.onnx", self.name);
         let data_file = format!("{model_file}.data");
         let mut writer = InitializerWriter {
@@ -426,24 +451,16 @@ impl<'a> GraphBuilder<'a> {
             files.push(file);
         }
 
-        let target = self.format.target;
-        let mut opset_import = vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(target.opset()) }];
-        if target == Target::Ort {
-            opset_import.push(OperatorSetIdProto { domain: Some(MICROSOFT.to_owned()), version: Some(1) });
-        }
-        let model = ModelProto {
-            ir_version: Some(target.ir_version()),
-            producer_name: Some("recaption".to_owned()),
-            producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
-            graph: Some(GraphProto {
+        let model = model(
+            self.format.target,
+            GraphProto {
                 node: self.nodes,
                 name: Some(self.name.to_owned()),
                 initializer: initializers,
                 input: self.inputs.iter().map(value_info).collect(),
                 output: self.outputs.iter().map(value_info).collect(),
-            }),
-            opset_import,
-        };
+            },
+        );
         let bytes = model.encode_to_vec();
         files.push(write_hashed(folder, &model_file, &bytes)?);
         let graph = GraphFile {
@@ -585,6 +602,21 @@ pub(crate) fn write_hashed(folder: &Path, name: &str, bytes: &[u8]) -> Result<Bu
 #[must_use]
 pub fn hex(digest: &[u8]) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// `graph` with the versions that go with `target`.
+fn model(target: Target, graph: GraphProto) -> ModelProto {
+    let mut opset_import = vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(target.opset()) }];
+    if target == Target::Ort {
+        opset_import.push(OperatorSetIdProto { domain: Some(MICROSOFT.to_owned()), version: Some(1) });
+    }
+    ModelProto {
+        ir_version: Some(target.ir_version()),
+        producer_name: Some("recaption".to_owned()),
+        producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+        graph: Some(graph),
+        opset_import,
+    }
 }
 
 fn value_info(spec: &TensorSpec) -> ValueInfoProto {

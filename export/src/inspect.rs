@@ -44,13 +44,11 @@ impl GraphContents {
     /// in its data file; [`Error::ForeignOperator`]; [`Error::TooLarge`].
     pub fn read(bundle: &Path, manifest: &BundleManifest, graph: &GraphFile) -> Result<Self> {
         let path = bundle.join(&graph.file);
-        let bytes = read_at_most(&path, MAX_GRAPH_BYTES)?;
+        let (model, onnx_bytes) = read_model(&path)?;
         let invalid = |reason: String| Error::InvalidGraph { path: path.clone(), reason };
-        let model = ModelProto::decode(bytes.as_slice())
-            .map_err(|error| invalid(format!("it is damaged or no ONNX graph: {error}")))?;
         let Some(proto) = &model.graph else { return Err(invalid("it holds no graph".to_owned())) };
         check_names(&model).map_err(invalid)?;
-        lint::check(&graph.file, &proto.node, manifest.header().target)?;
+        lint::check_operators(&graph.file, &proto.node, manifest.header().target)?;
         check_specs("input", &graph.inputs, &proto.input).map_err(invalid)?;
         check_specs("output", &graph.outputs, &proto.output).map_err(invalid)?;
 
@@ -72,10 +70,20 @@ impl GraphContents {
             num_nodes: proto.node.len(),
             ops: lint::count_ops(&proto.node),
             weight_bytes,
-            onnx_bytes: bytes.len() as u64,
+            onnx_bytes,
             data_bytes,
         })
     }
+}
+
+/// The graph of an `.onnx` file, and its size.
+pub(crate) fn read_model(path: &Path) -> Result<(ModelProto, u64)> {
+    let bytes = read_at_most(path, MAX_GRAPH_BYTES)?;
+    let invalid = |error| Error::InvalidGraph {
+        path: path.to_owned(),
+        reason: format!("it is damaged or no ONNX graph: {error}"),
+    };
+    Ok((ModelProto::decode(bytes.as_slice()).map_err(invalid)?, bytes.len() as u64))
 }
 
 /// Names are shown to people: none of them may steer a terminal.

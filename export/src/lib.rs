@@ -21,7 +21,7 @@ pub mod flops;
 mod graph;
 pub mod inspect;
 mod linear;
-mod lint;
+pub mod lint;
 mod manifest;
 mod norm;
 mod output;

@@ -153,7 +153,7 @@ impl Target {
     }
 
     /// Version of the standard operators. 23 is the first with `RMSNormalization`, and the last at which ONNX Runtime's CUDA
-    /// provider has `Cast`, `Reshape`, `Shape` and `Transpose` everywhere (kernel registrations of 1.25). 20 is what TensorRT
+    /// provider has `Cast`, `Reshape`, `Shape` and `Transpose` everywhere (kernel registrations of 1.25; 1.31.1 has them at 25 too). 20 is what TensorRT
     /// 10.0's parser takes (onnx-tensorrt 10.0-GA, docs/operators.md), and the first with `Gelu`.
     pub(crate) fn opset(self) -> i64 {
         match self {

@@ -3,6 +3,7 @@
 use crate::ExportOptions;
 use crate::error::{Error, Result};
 use crate::graph::DataType;
+use crate::lint::GpuProvider;
 use crate::manifest::{Precision, Target};
 use crate::quantize::{BlockFormat, Rounding};
 
@@ -90,6 +91,17 @@ impl GraphFormat {
         let has_wider_attention = precision == Precision::Int4 && rounding == Rounding::Search;
         let attention_input = if has_wider_attention { int8_block } else { linear };
         Ok(Self { target, float, linear, attention_input, head, embedding })
+    }
+}
+
+impl GraphFormat {
+    /// The GPU provider that a graph of this format is for: int8 has kernels on the CPU only.
+    pub(crate) fn gpu_provider(self) -> Option<GpuProvider> {
+        match (self.target, self.linear) {
+            (Target::TensorRt, _) => Some(GpuProvider::TensorRt),
+            (Target::Ort, LinearFormat::Int8 { .. }) => None,
+            (Target::Ort, LinearFormat::Float | LinearFormat::Blocks(_)) => Some(GpuProvider::Cuda),
+        }
     }
 }
 

@@ -138,7 +138,7 @@ fn end_of_text(graph: &mut GraphBuilder<'_>, input_ids: &Value, eos: EosRule) ->
     let marks = match eos {
         EosRule::LargestId => input_ids.clone(),
         EosRule::First { token_id } => {
-            // Equal has no CUDA kernel at this opset.
+            // onnxruntime 1.25's CUDA provider has no Equal at this opset; 1.31.1 has.
             let token_id = graph.constant_i64("/constants/eos", &[], &[i64::from(token_id)]);
             let is_least = graph.node("GreaterOrEqual", "/pool/GreaterOrEqual", &[input_ids, &token_id], vec![]);
             let is_most = graph.node("LessOrEqual", "/pool/LessOrEqual", &[input_ids, &token_id], vec![]);

@@ -8,8 +8,7 @@ use crate::graph::MICROSOFT;
 use crate::manifest::Target;
 use crate::proto::NodeProto;
 
-/// Standard operators of both targets. All of them are on the list of TensorRT's ONNX parser (onnx-tensorrt,
-/// docs/operators.md, 10.0 and later) for the types used here.
+/// Standard operators of both targets, all of them in the tables of CUDA's kernels and of TensorRT's ONNX parser.
 const STANDARD: &[&str] = &[
     "Add",
     "And",
@@ -97,6 +96,8 @@ const _: () = assert!(MICROSOFT.len() == 13, "the names above spell the domain o
 
 #[cfg(test)]
 mod tests {
+    use super::super::schema::Schema;
+    use super::super::tensorrt;
     use super::*;
 
     fn node(domain: &str, op_type: &str) -> NodeProto {
@@ -105,6 +106,18 @@ mod tests {
             op_type: Some(op_type.to_owned()),
             domain: Some(domain.to_owned()),
             ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_tables_know_what_is_allowed() {
+        for op in STANDARD {
+            assert!(Schema::find(op, Target::Ort.opset()).is_some_and(|schema| !schema.kernels.is_empty()), "{op}");
+            assert!(Schema::find(op, Target::TensorRt.opset()).is_some() && tensorrt::has(op), "{op}");
+        }
+        for op in ORT_ONLY {
+            let opset = if op.contains('.') { 1 } else { Target::Ort.opset() };
+            assert!(Schema::find(op, opset).is_some(), "{op}");
         }
     }
 
