@@ -9,8 +9,10 @@ echo "== clippy"
 cargo clippy --workspace --all-targets --locked -- -D warnings
 echo "== tests"
 cargo test --workspace --locked
+echo "== GPU check, dry"
+RECAPTION="${CARGO_TARGET_DIR:-target}/debug/recaption" scripts/gpu_check.sh --dry-run >/dev/null
 echo "== docs"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 echo "== ruff"
-tests/data/fetched/venv/bin/python -m ruff check scripts
-tests/data/fetched/venv/bin/python -m ruff format --check scripts
+tests/data/fetched/venv/bin/python -m ruff check scripts export/data
+tests/data/fetched/venv/bin/python -m ruff format --check scripts export/data

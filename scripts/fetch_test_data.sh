@@ -93,15 +93,24 @@ fetch_photos() {
     mv $photos.part $photos
 }
 
+# ONNX Runtime with its GPU providers, for what they say where there is no GPU.
+fetch_gpu_runtime() {
+    if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; then
+        scripts/fetch_onnxruntime.sh --gpu
+    fi
+}
+
 case ${1:-all} in
 tokenizer) fetch_tokenizer ;;
 photos) fetch_photos ;;
 all)
     fetch_tokenizer
     fetch_photos
+    fetch_gpu_runtime
     ;;
+gpu) fetch_gpu_runtime ;;
 *)
-    echo "usage: $0 [tokenizer | photos]" >&2
+    echo "usage: $0 [tokenizer | photos | gpu]" >&2
     exit 2
     ;;
 esac

@@ -37,6 +37,16 @@ pub enum Error {
         /// What to do.
         hint: String,
     },
+    /// `--device` names a GPU that is not there.
+    #[error("--device {index}: CUDA sees {count} GPUs{listed}")]
+    NoSuchGpu {
+        /// What was asked for.
+        index: i32,
+        /// How many there are.
+        count: i32,
+        /// The machine's GPUs, after a colon, where the driver tells.
+        listed: String,
+    },
     /// The CUDA runtime refused: the GPU is gone, full, or not there.
     #[error("CUDA, {doing}: {reason} ({status})")]
     Cuda {
@@ -144,6 +154,7 @@ impl Error {
             Self::OtherRun { .. } => {
                 Some("choose another --out, repeat the earlier settings, or start anew with --overwrite".to_owned())
             }
+            Self::NoSuchGpu { .. } => Some("use indices from 0 on; CUDA_VISIBLE_DEVICES hides GPUs".to_owned()),
             Self::Panicked { .. } => {
                 Some("this is a bug; finished shards are kept, and the same command goes on after them".to_owned())
             }

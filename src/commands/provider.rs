@@ -1,7 +1,7 @@
 //! What `--provider` and `--device` mean on this machine: exactly what was asked for or an error, and for `auto` the best
 //! that works, with the reason. Shared by `run` and `doctor`.
 
-use recaption_export::{Manifest, Precision};
+use recaption_export::{Manifest, Precision, Target};
 
 use crate::error::{Error, Result};
 use crate::pipeline::vision::{check_device, decoder_device};
@@ -57,13 +57,22 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
                 {
                     Ok(None) => return Ok(chosen(devices, reasons.into_iter().next())),
                     Ok(Some(reason)) => reasons.push(reason),
+                    Err(Error::Provider { reason, .. }) => reasons.push(format!("no {}: {reason}", title(first))),
+                    // CUDA works: what was asked of it does not.
+                    Err(error @ Error::NoSuchGpu { .. }) => return Err(error),
                     Err(error) => reasons.push(format!("no {}: {error}", title(first))),
                 }
             }
-            check_cpu(Device::Cpu, manifest)?;
-            check_device(Device::Cpu, manifest)?;
             // Whatever CUDA lacks, TensorRT lacks as well.
-            return Ok(chosen(on_cpu(), reasons.pop()));
+            let reason = reasons.pop();
+            check_device(Device::Cpu, manifest).map_err(|error| match (error, &reason) {
+                (Error::Setting { reason: cpu, hint }, Some(gpu)) => {
+                    Error::Setting { reason: format!("{cpu}; {gpu}"), hint }
+                }
+                (error, _) => error,
+            })?;
+            check_cpu(Device::Cpu, manifest)?;
+            return Ok(chosen(on_cpu(), reason));
         }
     };
     check_all(&asked, manifest)?;
@@ -74,6 +83,11 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
 fn why_not(device: Device, manifest: &Manifest) -> Option<String> {
     if check_device(device, manifest).is_err() {
         return Some(format!("{} does not run {} bundles", title(device), manifest.header.precision.name()));
+    }
+    if matches!(device, Device::TensorRt(_)) && manifest.header.target != Target::TensorRt {
+        return Some(
+            "TensorRT is for bundles of --target tensorrt: it does not take ONNX Runtime's operators".to_owned(),
+        );
     }
     (decoder_device(device, manifest) == Device::Cpu)
         .then(|| "CUDA has no attention in fp32; --provider cuda runs the vision tower there".to_owned())
@@ -105,10 +119,7 @@ pub(super) fn check_machine(device: Device) -> Result<()> {
     if index < 0 || index >= count {
         let there = runtime::gpu_names().unwrap_or_default();
         let listed = if there.is_empty() { String::new() } else { format!(": {}", there.join(", ")) };
-        return Err(Error::Setting {
-            reason: format!("--device {index}: CUDA sees {count} GPUs{listed}"),
-            hint: "use an index from 0; CUDA_VISIBLE_DEVICES hides GPUs".to_owned(),
-        });
+        return Err(Error::NoSuchGpu { index, count, listed });
     }
     provider::probe(device)
 }

@@ -15,6 +15,7 @@ fn help_teaches() {
         ("run", &["run", "--help"]),
         ("run-short", &["run", "-h"]),
         ("inspect", &["inspect", "--help"]),
+        ("doctor", &["doctor", "--help"]),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).env("COLUMNS", "100").output().unwrap();
         assert_eq!(output.status.code(), Some(0));

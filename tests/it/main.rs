@@ -7,6 +7,7 @@ mod bad_inputs;
 mod clip;
 mod command_line;
 mod demo;
+mod doctor;
 mod engines;
 mod golden;
 mod independence;

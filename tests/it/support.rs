@@ -19,7 +19,12 @@ pub(crate) fn root(path: &str) -> PathBuf {
 
 /// The `recaption` binary.
 pub(crate) fn recaption(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).output().unwrap()
+    recaption_with(args, &[])
+}
+
+/// The `recaption` binary, with environment variables.
+pub(crate) fn recaption_with(args: &[&str], environment: &[(&str, &str)]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).envs(environment.iter().copied()).output().unwrap()
 }
 
 pub(crate) fn stderr(output: &Output) -> String {

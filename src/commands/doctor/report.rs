@@ -166,6 +166,8 @@ impl ProviderReport {
         let (rate, failure) = match measured {
             Ok(rate) if rate.error <= MAX_MATMUL_ERROR => (Some(rate.flops_per_second), None),
             Ok(rate) => (None, Some((format!("a matrix product is off by {:.2e} of its size", rate.error), None))),
+            // The line says already which provider it is about.
+            Err(Error::Provider { reason, hint, .. }) => (None, Some((reason, Some(hint)))),
             Err(error) => (None, Some((error.to_string(), error.hint()))),
         };
         let (reason, hint) = failure.map_or((None, None), |(reason, hint)| (Some(reason), hint));

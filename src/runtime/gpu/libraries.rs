@@ -30,7 +30,7 @@ pub(crate) enum Location {
     System,
     /// In a Python wheel.
     Wheel(PathBuf),
-    /// Nowhere; the loader's words.
+    /// Nowhere; or the loader refuses it, in these words.
     Missing(String),
 }
 
@@ -80,6 +80,23 @@ pub(crate) fn needed_by(path: &Path) -> Result<Vec<String>> {
         names.push(CUDNN.to_owned());
     }
     Ok(names)
+}
+
+/// Whether the provider library at `path` was built with ONNX Runtime `version`, by the version in its read-only data; a
+/// library without that section cannot tell.
+///
+/// # Errors
+/// [`Error::Io`] when the file is no library.
+pub(super) fn is_of_version(path: &Path, version: &str) -> Result<bool> {
+    let file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+    // SAFETY: as in `needed_by`.
+    let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("read", path))?;
+    let Ok(elf) = goblin::elf::Elf::parse(&bytes) else { return Ok(true) };
+    let mut sections = elf.section_headers.iter();
+    let section = sections.find(|section| elf.shdr_strtab.get_at(section.sh_name) == Some(".rodata"));
+    let Some(data) = section.and_then(|section| bytes.get(section.file_range()?)) else { return Ok(true) };
+    let wanted = format!("\0{version}\0").into_bytes();
+    Ok(memchr::memmem::find(data, &wanted).is_some())
 }
 
 impl NeededLibrary {
@@ -254,6 +271,10 @@ mod tests {
         compile(&["a.c", "-o", "nvidia/cudnn/lib/libcudnn.so.9"]);
         compile(&["a.c", "-lcudart", "-lm", "-o", "provider.so"]);
         assert_eq!(needed_by(&path("provider.so")).unwrap(), ["libcudart.so.99", CUDNN]);
+        std::fs::write(path("v.c"), "const char *version(void) { return \"x\\0001.31.1\"; }").unwrap();
+        compile(&["v.c", "-O0", "-o", "versioned.so"]);
+        assert!(is_of_version(&path("versioned.so"), "1.31.1").unwrap());
+        assert!(!is_of_version(&path("versioned.so"), "1.31").unwrap());
         assert!(needed_by(&path("a.c")).unwrap_err().to_string().contains("a.c"));
 
         let found = NeededLibrary::locate(CUDNN.to_owned(), folder.path());

@@ -58,16 +58,35 @@ pub(crate) fn needed_libraries(device: Device) -> Result<Vec<NeededLibrary>> {
     Ok(needed)
 }
 
+/// Whether the CUDA provider beside ONNX Runtime is of the same build: another may crash.
+fn check_build(device: Device) -> Result<()> {
+    let runtime = load_library()?;
+    let path = runtime.path.with_file_name("libonnxruntime_providers_cuda.so");
+    if libraries::is_of_version(&path, &runtime.version)? {
+        return Ok(());
+    }
+    Err(Error::Provider {
+        provider: device.name(),
+        reason: format!("`{}` is not of ONNX Runtime {}, which is beside it", path.display(), runtime.version),
+        hint: "take both from one onnxruntime-gpu wheel: scripts/fetch_onnxruntime.sh --gpu".to_owned(),
+    })
+}
+
 /// Whether the libraries that `device` needs are there in versions that go together. Nothing of CUDA runs yet.
 ///
 /// # Errors
 /// [`Error::Provider`] that names what is missing or too old, with the commands that install it.
 pub(crate) fn check_libraries(device: Device) -> Result<()> {
     let needed = needed_libraries(device)?;
+    check_build(device)?;
     let missing: Vec<&NeededLibrary> =
         needed.iter().filter(|library| matches!(library.location, Location::Missing(_))).collect();
     if !missing.is_empty() {
-        let names = missing.iter().map(|library| format!("{} ({})", library.name, library.origin().what));
+        let names = missing.iter().map(|library| match &library.location {
+            // It is there, and does not load: for want of another, or built for another system.
+            Location::Missing(reason) if !reason.starts_with(&library.name) => reason.clone(),
+            _ => format!("{} ({})", library.name, library.origin().what),
+        });
         let mut fixes: Vec<&str> = Vec::new();
         for library in &missing {
             let fix = library.origin().fix;
