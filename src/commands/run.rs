@@ -179,6 +179,7 @@ fn engine_options(
                 Device::TensorRt(index) => Some(engine_cache(args, bundle, index)?),
                 Device::Cpu | Device::Cuda(_) => None,
             },
+            shows_builds: !args.quiet,
             ..EngineOptions::new(device, stop_rule.clone())
         })
     };

@@ -56,6 +56,8 @@ pub struct EngineOptions {
     pub memory_limit: Option<usize>,
     /// Folder for the engines that TensorRT builds.
     pub engine_cache: Option<PathBuf>,
+    /// Say on standard error when one is being built.
+    pub shows_builds: bool,
 }
 
 impl EngineOptions {
@@ -73,6 +75,7 @@ impl EngineOptions {
             captures_graphs: is_gpu,
             memory_limit: None,
             engine_cache: None,
+            shows_builds: false,
         }
     }
 }
@@ -102,6 +105,7 @@ impl<T> Engine<T> {
             memory_limit: options.memory_limit,
             captures_graphs: options.captures_graphs && matches!(device, Device::Cuda(_)),
             engine_cache: options.engine_cache.clone(),
+            shows_builds: options.shows_builds,
             device,
             dims: Default::default(),
         };

@@ -90,10 +90,8 @@ fn error(size: usize, found: impl Fn(usize) -> f32) -> f64 {
         let (row, column) = (i / size, i % size);
         let expected: f64 = (0..size).map(|k| f64::from(left(row, k) * right(k, column))).sum();
         let difference = (f64::from(found(i)) - expected).abs();
-        // Not `max`, which drops a NaN.
-        if !(difference <= largest.0) {
-            largest.0 = difference;
-        }
+        // `max` would drop a NaN.
+        largest.0 = if difference.is_nan() { f64::INFINITY } else { largest.0.max(difference) };
         largest.1 = largest.1.max(expected.abs());
     }
     largest.0 / largest.1

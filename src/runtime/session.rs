@@ -1,9 +1,12 @@
 //! A graph that is loaded, and the bindings it runs with.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use crossbeam::channel::RecvTimeoutError;
 use ort::session::{IoBinding, RunOptions};
 use recaption_export::{DataType, DimRange};
 
@@ -31,6 +34,8 @@ pub(crate) struct SessionOptions {
     pub(crate) captures_graphs: bool,
     /// Folder for the engines that TensorRT builds.
     pub(crate) engine_cache: Option<PathBuf>,
+    /// Whether building an engine says so on standard error.
+    pub(crate) shows_builds: bool,
     /// Sizes that the free dimensions take; TensorRT builds its engines for them.
     pub(crate) dims: BTreeMap<String, DimRange>,
 }
@@ -49,6 +54,7 @@ impl SessionOptions {
             memory_limit: None,
             captures_graphs: false,
             engine_cache: None,
+            shows_builds: false,
             dims: BTreeMap::new(),
         })
     }
@@ -63,6 +69,35 @@ pub(crate) struct Session {
     captures_graphs: bool,
     /// After the session, which puts its work into it.
     stream: Arc<Stream>,
+}
+
+/// Time between two lines about an engine that is being built; one from the cache is loaded in less.
+const BUILD_INTERVAL: Duration = Duration::from_secs(15);
+
+fn print_build(name: &str, elapsed: Duration) {
+    let seconds = elapsed.as_secs();
+    // Whether anybody reads it is not the run's concern.
+    let _ = writeln!(
+        std::io::stderr(),
+        "building TensorRT's engine of `{name}` for {seconds} s; later runs on this GPU will find it"
+    );
+}
+
+/// Does `body`, and calls `report` with the time it has taken, every `interval`.
+fn reporting<T>(interval: Duration, report: impl Fn(Duration) + Sync, body: impl FnOnce() -> T) -> T {
+    let started = Instant::now();
+    let (over, is_over) = crossbeam::channel::bounded::<()>(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Ends when `over` is dropped, as the body has returned or panicked.
+            while is_over.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+                report(started.elapsed());
+            }
+        });
+        let result = body();
+        drop(over);
+        result
+    })
 }
 
 /// Option of a run that names the CUDA graph it is captured as, or replayed from.
@@ -102,7 +137,11 @@ impl Session {
         let mut builder = builder
             .with_execution_providers(options.device.execution_providers(&settings))
             .map_err(|error| options.device.refusal(&ort::Error::<()>::from(error)))?;
-        let session = builder.commit_from_file(path).map_err(Error::ort(doing()))?;
+        let mut build = || builder.commit_from_file(path).map_err(Error::ort(doing()));
+        let session = match is_tensorrt && options.shows_builds {
+            true => reporting(BUILD_INTERVAL, |elapsed| print_build(&name, elapsed), build)?,
+            false => build()?,
+        };
         let run_options = run_options(options.device, NO_GRAPH).map_err(Error::ort(doing()))?;
         Ok(Self {
             session,
@@ -203,5 +242,25 @@ impl Binding {
         self.binding
             .bind_output(name, tensor.into_value())
             .map_err(Error::ort(format!("bind output `{name}` of `{}`", self.graph)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_long_build_is_reported_until_it_ends_and_a_short_one_not() {
+        let count = AtomicUsize::new(0);
+        let report = |_| {
+            count.fetch_add(1, Ordering::SeqCst);
+        };
+        let wait_for_two = || while count.load(Ordering::SeqCst) < 2 {};
+        reporting(Duration::from_millis(1), report, wait_for_two);
+        let after = count.load(Ordering::SeqCst);
+        assert_eq!(reporting(Duration::from_secs(3600), report, || 7), 7);
+        assert_eq!(count.load(Ordering::SeqCst), after);
     }
 }

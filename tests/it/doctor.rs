@@ -11,11 +11,9 @@ use crate::support::{demo_bundle, demo_shard, recaption_with, stderr};
 fn gpu_library() -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(".onnxruntime-gpu");
     let library = folder.join("libonnxruntime.so.1.31.1");
-    if !library.is_file() {
-        assert!(!cfg!(all(target_os = "linux", target_arch = "x86_64")), "run scripts/fetch_test_data.sh");
-        return None;
-    }
-    Some(library)
+    let has_wheel = cfg!(all(target_os = "linux", target_arch = "x86_64"));
+    assert!(library.is_file() || !has_wheel, "`{}` is not there: run scripts/fetch_test_data.sh", library.display());
+    library.is_file().then_some(library)
 }
 
 fn with_gpu_library(args: &[&str]) -> Option<Output> {

@@ -148,12 +148,15 @@ impl NeededLibrary {
     }
 }
 
+/// What a version's number means.
+type Decode = fn(u32) -> Version;
+
 enum VersionFunction {
     Returns(&'static [u8]),
     Writes(&'static [u8]),
 }
 
-fn version_function(name: &str) -> Option<(VersionFunction, fn(u32) -> Version)> {
+fn version_function(name: &str) -> Option<(VersionFunction, Decode)> {
     // 9 and later, cudnn_version.h: 90100 is 9.1.0.
     let ten_thousands = |n: u32| Version { major: n / 10_000, minor: n / 100 % 100, patch: n % 100 };
     // cuda_runtime_api.h: 13020 is 13.2.
