@@ -1,0 +1,118 @@
+//! Speeds of the kernels beside the machine's limits, measured in the same run.
+//!
+//! `cargo bench -p recaption-kernels -- [threads] [level]`. Shapes are those of a 135M decoder with a ViT-B (`small`) and of a 1B
+//! decoder with a ViT-L (`1b`). Each figure is the best of many, since the machine may be busy.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use pool::Pool;
+use recaption_kernels::*;
+
+mod limits;
+mod pool;
+
+fn main() {
+    let mut args = std::env::args().skip(1).filter(|arg| !arg.starts_with("--"));
+    let threads = args.next().and_then(|n| n.parse().ok()).unwrap_or(2);
+    let level = match args.next() {
+        Some(name) => Level::up_to(&name),
+        None => Level::current(),
+    };
+    let level = level.expect("a level");
+    let pool = Pool::new(threads);
+    let limits = limits::measure(&pool);
+    println!("level {}, {threads} threads", level.name());
+    println!("limits: int8 {:.0} GFLOP/s, f32 {:.0} GFLOP/s, read {:.1} GB/s", limits.int8, limits.f32, limits.read);
+    linears(level, &pool, &limits);
+    quantizes(level, &pool);
+}
+
+/// Seconds of the best of many calls.
+pub(crate) fn best(mut f: impl FnMut()) -> f64 {
+    f();
+    let (start, mut best) = (Instant::now(), f64::INFINITY);
+    while start.elapsed().as_secs_f64() < 0.25 {
+        let t = Instant::now();
+        f();
+        best = best.min(t.elapsed().as_secs_f64());
+    }
+    best
+}
+
+fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
+    println!("\nlinear: name, k, columns, block scales");
+    let shapes = [
+        ("small qkv", 576, 960, false, 0),
+        ("small gate+up", 576, 1536, true, 0),
+        ("small gate+up", 576, 1536, true, 128),
+        ("small down", 1536, 576, false, 0),
+        ("small down", 1536, 576, false, 128),
+        ("small head", 576, 49152, false, 0),
+        ("vit-b fc1", 768, 3072, false, 0),
+        ("vit-b fc2", 3072, 768, false, 0),
+        ("1b qkv", 2048, 3072, false, 0),
+        ("1b gate+up", 2048, 8192, true, 0),
+        ("1b gate+up", 2048, 8192, true, 128),
+        ("1b down", 8192, 2048, false, 0),
+        ("1b down", 8192, 2048, false, 128),
+        ("vit-l fc1", 1024, 4096, false, 0),
+    ];
+    for (name, k, columns, gated, block) in shapes {
+        let spec = PackSpec { columns, k, block, block_scales: block > 0, gated };
+        let weights = vec![3; spec.rows() * k];
+        let scales = vec![0.01; spec.rows() * spec.scales_per_row()];
+        // As many copies as it takes to leave the caches, as the layers of a model do.
+        let copies = (96 << 20usize).div_ceil(spec.num_bytes());
+        let packed = pack(&spec, &weights, &scales).expect("packs");
+        let copies: Vec<Vec<u8>> = (0..copies).map(|_| packed.clone()).collect();
+        print!("{name:14} {k:5} {:6} {block:4}:", spec.rows());
+        for rows in [1, 8, 16, 32, 228, 577, 912] {
+            if name.starts_with("vit") && rows < 228 || name.ends_with("head") && rows > 32 {
+                continue;
+            }
+            let (values, scales) = (vec![130; rows * stride(k)], vec![0.1; rows * num_scales(k, block)]);
+            let mut out = vec![0.0; rows * columns];
+            let mut copy = 0;
+            let seconds = best(|| {
+                let x = Quantized { k, block, values: &values, scales: &scales };
+                let weights = PackedWeights::from_bytes(&copies[copy]).expect("packed");
+                let activation = if gated { Activation::SwiGlu } else { Activation::Identity };
+                let epilogue = Epilogue { bias: None, activation, residual: Residual::None };
+                linear(level, pool, x, &weights, &epilogue, &mut out).expect("runs");
+                black_box(&mut out);
+                copy = (copy + 1) % copies.len();
+            });
+            let gflops = 2.0 * (rows * spec.rows() * k) as f64 / seconds / 1e9;
+            let bytes = spec.num_bytes() as f64 / seconds / 1e9;
+            if rows <= 32 {
+                print!("  M={rows} {bytes:.1} GB/s {:.0}% ({gflops:.0})", 100.0 * bytes / limits.read);
+            } else {
+                print!("  M={rows} {gflops:.0} {:.0}%", 100.0 * gflops / limits.int8);
+            }
+        }
+        println!();
+    }
+}
+
+fn quantizes(level: Level, pool: &Pool) {
+    println!("\nquantise, microseconds for 228 rows: plain, RMS, layer norm");
+    for k in [576, 768, 1536, 2048] {
+        let (x, weight) = (vec![0.7; 228 * k], vec![1.1; k]);
+        let (mut values, mut scales) = (vec![0; 228 * stride(k)], vec![0.0; 228]);
+        print!("k={k}:");
+        let norms = [
+            Norm::None,
+            Norm::Rms { weight: &weight, epsilon: 1e-5 },
+            Norm::Layer { weight: &weight, bias: &weight, epsilon: 1e-5 },
+        ];
+        for norm in norms {
+            let seconds = best(|| {
+                let out = QuantizedMut { k, block: 0, values: &mut values, scales: &mut scales };
+                quantize_rows(level, pool, &x, norm, out).expect("runs");
+            });
+            print!(" {:.1}", seconds * 1e6);
+        }
+        println!();
+    }
+}

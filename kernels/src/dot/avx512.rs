@@ -1,0 +1,67 @@
+//! `vpdpbusd` on 512-bit registers: two of them hold a step of a panel.
+
+use std::arch::x86_64::*;
+
+use super::{Dot, Step, Sums, Tile, with_rows};
+use crate::simd::avx512::Avx512;
+
+impl Dot for Avx512 {
+    #[inline(always)]
+    fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
+        tile.check(rows);
+        with_rows!(rows, product(tile, sums), 1 2 3 4 5 6 7 8 9 10 11 12);
+    }
+}
+
+/// # Safety
+/// `tile.check(R)` holds.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut Sums) {
+    let init: *const __m512i = tile.init.as_ptr().cast();
+    // SAFETY: `init` has 32 i32.
+    let init = unsafe { [_mm512_loadu_si512(init), _mm512_loadu_si512(init.add(1))] };
+    let mut acc = [init; R];
+    let (ahead, rest) = tile.b.split_at(tile.next.len());
+    let mut a = tile.a.as_ptr();
+    for (b, next) in ahead.iter().zip(tile.next) {
+        _mm_prefetch::<_MM_HINT_T1>(next.as_ptr());
+        // SAFETY: inside `next`, 128 bytes long.
+        _mm_prefetch::<_MM_HINT_T1>(unsafe { next.as_ptr().add(64) });
+        // SAFETY: step i reads bytes 4 i of R rows, inside `tile.a` by `check`; one past the end is only computed.
+        unsafe {
+            step(&mut acc, a, tile.stride, b);
+            a = a.add(4);
+        }
+    }
+    for b in rest {
+        // SAFETY: as above.
+        unsafe {
+            step(&mut acc, a, tile.stride, b);
+            a = a.add(4);
+        }
+    }
+    for (acc, sums) in acc.iter().zip(sums) {
+        let to: *mut __m512i = sums.as_mut_ptr().cast();
+        // SAFETY: a row of sums has 32 i32.
+        unsafe {
+            _mm512_storeu_si512(to, acc[0]);
+            _mm512_storeu_si512(to.add(1), acc[1]);
+        }
+    }
+}
+
+/// # Safety
+/// Four bytes can be read at `a + r * stride` for each r below R.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn step<const R: usize>(acc: &mut [[__m512i; 2]; R], a: *const u8, stride: usize, b: &Step) {
+    let b: *const __m512i = b.as_ptr().cast();
+    // SAFETY: a step has 128 bytes.
+    let b = unsafe { [_mm512_loadu_si512(b), _mm512_loadu_si512(b.add(1))] };
+    for (r, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: by contract.
+        let four = _mm512_set1_epi32(unsafe { a.add(r * stride).cast::<i32>().read_unaligned() });
+        acc[0] = _mm512_dpbusd_epi32(acc[0], four, b[0]);
+        acc[1] = _mm512_dpbusd_epi32(acc[1], four, b[1]);
+    }
+}

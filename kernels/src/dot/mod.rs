@@ -1,0 +1,67 @@
+//! The integer product of a tile: up to [`ROWS`] rows of u8 activations with one panel of 32 columns of s8 weights.
+//!
+//! Exact at every level: sums wrap at 32 bits and no step saturates, so all levels give the same integers.
+
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+/// Most rows of a tile: 12 x 2 accumulators of 16 lanes, two weights and an activation fit in 32 registers.
+pub(crate) const ROWS: usize = 12;
+
+/// Columns of a panel.
+pub(crate) const COLUMNS: usize = 32;
+
+/// Four successive k of each of a panel's columns.
+pub(crate) type Step = [i8; 4 * COLUMNS];
+
+/// Sums of one tile.
+pub(crate) type Sums = [[i32; COLUMNS]; ROWS];
+
+/// The operands of one tile.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<'a> {
+    /// Row `r`'s activations are `a[r * stride..][..4 * b.len()]`.
+    pub(crate) a: &'a [u8],
+    pub(crate) stride: usize,
+    pub(crate) b: &'a [Step],
+    /// What the sums start from: takes the activations' offset away.
+    pub(crate) init: &'a [i32; COLUMNS],
+    /// Weights to fetch meanwhile, since the next tiles need them; not longer than `b`.
+    pub(crate) next: &'a [Step],
+}
+
+/// One instruction set's integer products.
+pub(crate) trait Dot {
+    /// Fills the first `rows` (1 to [`ROWS`]) rows of `sums`.
+    fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums);
+}
+
+impl Tile<'_> {
+    /// What the kernels' unchecked reads rely on.
+    fn check(&self, rows: usize) {
+        assert!(
+            (1..=ROWS).contains(&rows)
+                && (rows - 1) * self.stride + 4 * self.b.len() <= self.a.len()
+                && self.next.len() <= self.b.len(),
+            "bug: a tile reaches beyond its activations"
+        );
+    }
+}
+
+/// Calls `$f::<N>($tile, $sums)` for the N that equals `$rows`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! with_rows {
+    ($rows:expr, $f:ident($tile:expr, $sums:expr), $($n:literal)*) => {
+        match $rows {
+            // SAFETY: called in a method of the token that proves the instructions; `check` proved the reads.
+            $($n => unsafe { $f::<$n>($tile, $sums) },)*
+            _ => unreachable!("bug: a tile of {} rows", $rows),
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use with_rows;

@@ -1,0 +1,22 @@
+//! The CPU kernels of the int8 path: pure functions over slices, split over a caller's threads.
+//!
+//! One result everywhere: every kernel gives the same bits at every instruction-set [`Level`], however the work is split and
+//! whatever else is in the batch. Integer sums are exact; float operations are IEEE 754 ones in a fixed order ([`simd`] has
+//! them), and functions such as exp are polynomials of our own. Only `simd/` and `dot/` contain intrinsics.
+
+mod dot;
+mod error;
+mod level;
+mod linear;
+mod math;
+mod pack;
+mod quantize;
+mod simd;
+mod workers;
+
+pub use error::Error;
+pub use level::Level;
+pub use linear::{Activation, Epilogue, Residual, linear};
+pub use pack::{PackSpec, PackedWeights, pack};
+pub use quantize::{Norm, Quantized, QuantizedMut, num_scales, quantize_rows, stride};
+pub use workers::{Scoped, Serial, Workers};

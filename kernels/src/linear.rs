@@ -1,0 +1,269 @@
+//! y = x W^T: u8 activations, packed s8 weights, exact integer sums, f32 out.
+//!
+//! For one row and column, with row scale r and column scale c: `(sum * r) * c`. With scales per block along k, the blocks'
+//! sums are added in order, `acc = fma(sum, s, acc)`, where s is the product of those scales that differ between blocks; the
+//! others follow as above. Then bias, activation, residual. An output depends on its row and column alone.
+
+use crate::dot::{COLUMNS, ROWS, Sums, Tile};
+use crate::error::check_len;
+use crate::level::Work;
+use crate::math::{gelu, gelu_tanh, swish};
+use crate::pack::PackedWeights;
+use crate::quantize::{Quantized, num_scales, stride};
+use crate::simd::{LANES, Simd};
+use crate::workers::{Shared, Workers, part_of};
+use crate::{Error, Level};
+
+/// What is applied to the product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    Identity,
+    /// `x sigmoid(1.702 x)`
+    QuickGelu,
+    /// `x Phi(x)`
+    Gelu,
+    /// GELU's approximation by tanh.
+    GeluTanh,
+    /// `gate sigmoid(gate) up`: for gated weights, and only for them.
+    SwiGlu,
+}
+
+/// What is added at the end.
+#[derive(Clone, Copy, Debug)]
+pub enum Residual<'a> {
+    /// Nothing.
+    None,
+    /// `[rows, columns]`
+    Add(&'a [f32]),
+    /// What the output holds before the call.
+    InPlace,
+}
+
+/// What follows the product.
+#[derive(Clone, Copy, Debug)]
+pub struct Epilogue<'a> {
+    /// `[weights' rows]`: for gated weights the gate's, then up's.
+    pub bias: Option<&'a [f32]>,
+    /// After the bias.
+    pub activation: Activation,
+    /// After the activation.
+    pub residual: Residual<'a>,
+}
+
+/// Activation bytes of one task's rows: they stay in the second-level cache while panels pass.
+const TASK_BYTES: usize = 384 << 10;
+
+/// Weight bytes that make a task worth a call.
+const MIN_TASK_WEIGHTS: usize = 64 << 10;
+
+/// Tasks wanted for each thread, so that an unlucky one does not wait long.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Computes `out` `[rows, columns]`.
+pub fn linear(
+    level: Level,
+    workers: &dyn Workers,
+    x: Quantized<'_>,
+    weights: &PackedWeights<'_>,
+    epilogue: &Epilogue<'_>,
+    out: &mut [f32],
+) -> Result<(), Error> {
+    let spec = weights.spec();
+    if x.k != spec.k || (x.block != 0 && x.block != spec.block) {
+        let (xk, xb, k, block) = (x.k, x.block, spec.k, spec.block);
+        return Err(Error::Shape(format!(
+            "linear: activations of k {xk}, block {xb}; weights of k {k}, block {block}"
+        )));
+    }
+    if (epilogue.activation == Activation::SwiGlu) != spec.gated {
+        return Err(Error::Shape("linear: SwiGLU and gated weights go together".to_owned()));
+    }
+    let rows = x.values.len() / stride(x.k);
+    check_len("activations", rows * stride(x.k), x.values.len())?;
+    check_len("activation scales", rows * num_scales(x.k, x.block), x.scales.len())?;
+    check_len("out", rows * spec.columns, out.len())?;
+    if let Some(bias) = epilogue.bias {
+        check_len("bias", spec.rows(), bias.len())?;
+    }
+    if let Residual::Add(residual) = epilogue.residual {
+        check_len("residual", out.len(), residual.len())?;
+    }
+    if out.is_empty() {
+        return Ok(());
+    }
+    let panels = spec.num_panels();
+    let row_parts = rows.div_ceil((TASK_BYTES / stride(x.k)).max(4 * ROWS));
+    let tiles = rows.div_ceil(ROWS);
+    let wanted = (TASKS_PER_THREAD * workers.num_threads()).div_ceil(row_parts);
+    let most = (panels * spec.num_steps() * 4 * COLUMNS * tiles.div_ceil(row_parts)).div_ceil(MIN_TASK_WEIGHTS);
+    let panel_parts = if workers.num_threads() == 1 { 1 } else { wanted.min(most).clamp(1, panels) };
+    let out = Shared::new(out);
+    let product = Product { x, weights: *weights, epilogue: *epilogue, out: &out };
+    workers.for_each(row_parts * panel_parts, &|task| {
+        // Whole tiles, so that a cut adds none.
+        let tiles = part_of(tiles, row_parts, task / panel_parts);
+        let rows = tiles.start * ROWS..rows.min(tiles.end * ROWS);
+        level.dispatch(Part { product, rows, panels: part_of(panels, panel_parts, task % panel_parts) });
+    });
+    Ok(())
+}
+
+/// The whole product.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    x: Quantized<'a>,
+    weights: PackedWeights<'a>,
+    epilogue: Epilogue<'a>,
+    out: &'a Shared<'a, f32>,
+}
+
+/// One task: disjoint from all others.
+struct Part<'a> {
+    product: Product<'a>,
+    rows: std::ops::Range<usize>,
+    panels: std::ops::Range<usize>,
+}
+
+impl Work for Part<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { product, rows, panels } = self;
+        let (weights, spec) = (product.weights, product.weights.spec());
+        let num_tiles = rows.len().div_ceil(ROWS);
+        let blockwise = product.x.block != 0 || spec.block_scales;
+        let mut sums = [[0; COLUMNS]; ROWS];
+        let mut acc = [[0.0; COLUMNS]; ROWS];
+        for panel in panels.clone() {
+            let next: &[_] = if panel + 1 < panels.end { weights.panel(panel + 1) } else { &[] };
+            let correction = total(weights.corrections(panel));
+            for tile in 0..num_tiles {
+                let part = part_of(rows.len(), num_tiles, tile);
+                let (first, count) = (rows.start + part.start, part.len());
+                let next = &next[part_of(next.len(), num_tiles, tile)];
+                if blockwise {
+                    product.add_blocks(s, panel, first, count, next, &mut sums, &mut acc);
+                } else {
+                    let stride = stride(spec.k);
+                    let a = &product.x.values[first * stride..];
+                    let tile = Tile { a, stride, b: weights.panel(panel), init: &correction, next };
+                    s.tile(count, tile, &mut sums);
+                    for (acc, sums) in acc.iter_mut().zip(&sums).take(count) {
+                        for (acc, sums) in acc.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
+                            s.store(s.to_f32(s.load_i32(sums)), acc);
+                        }
+                    }
+                }
+                product.finish(s, panel, first, &acc[..count]);
+            }
+        }
+    }
+}
+
+/// The corrections of all blocks together.
+fn total(corrections: &[[i32; COLUMNS]]) -> [i32; COLUMNS] {
+    corrections.iter().fold([0; COLUMNS], |sum, c| std::array::from_fn(|i| sum[i] + c[i]))
+}
+
+impl Product<'_> {
+    /// The scaled sum of the blocks, where activations or weights or both have scales per block.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "the tile's place and its scratch")]
+    fn add_blocks<S: Simd>(
+        &self,
+        s: S,
+        panel: usize,
+        first: usize,
+        count: usize,
+        next: &[crate::dot::Step],
+        sums: &mut Sums,
+        acc: &mut [[f32; COLUMNS]; ROWS],
+    ) {
+        let (x, spec) = (self.x, self.weights.spec());
+        let stride = stride(spec.k);
+        let steps = self.weights.panel(panel).chunks(spec.block / 4);
+        let num_blocks = spec.num_blocks();
+        acc[..count].fill([0.0; COLUMNS]);
+        for ((b, steps), init) in steps.enumerate().zip(self.weights.corrections(panel)) {
+            let a = &x.values[first * stride + b * spec.block..];
+            let next = &next[part_of(next.len(), num_blocks, b)];
+            let next = &next[..next.len().min(steps.len())];
+            s.tile(count, Tile { a, stride, b: steps, init, next }, sums);
+            let columns = self.weights.scales(panel)[if spec.block_scales { b } else { 0 }];
+            let columns = columns.as_chunks::<LANES>().0;
+            let [c0, c1] = [s.load(&columns[0]), s.load(&columns[1])];
+            for (r, (acc, sums)) in acc.iter_mut().zip(&*sums).enumerate().take(count) {
+                let [acc0, acc1] = acc.as_chunks_mut::<LANES>().0 else { unreachable!("bug: two vectors a row") };
+                let [sums0, sums1] = sums.as_chunks::<LANES>().0 else { unreachable!("bug: two vectors a row") };
+                let (mut t0, mut t1) = (c0, c1);
+                if x.block != 0 {
+                    let row = s.splat(x.scales[(first + r) * num_blocks + b]);
+                    (t0, t1) = if spec.block_scales { (s.mul(row, c0), s.mul(row, c1)) } else { (row, row) };
+                }
+                s.store(s.fma(s.to_f32(s.load_i32(sums0)), t0, s.load(acc0)), acc0);
+                s.store(s.fma(s.to_f32(s.load_i32(sums1)), t1, s.load(acc1)), acc1);
+            }
+        }
+    }
+
+    /// Remaining scales, bias, activation, residual.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, panel: usize, first: usize, acc: &[[f32; COLUMNS]]) {
+        let spec = self.weights.spec();
+        let columns = &self.weights.scales(panel)[0];
+        let columns = columns.as_chunks::<LANES>().0;
+        let columns = [s.load(&columns[0]), s.load(&columns[1])];
+        let bias = self.epilogue.bias.map(|bias| {
+            let bias: [f32; COLUMNS] = std::array::from_fn(|c| spec.row_of(panel, c).map_or(0.0, |row| bias[row]));
+            let bias = bias.as_chunks::<LANES>().0;
+            [s.load(&bias[0]), s.load(&bias[1])]
+        });
+        for (r, acc) in acc.iter().enumerate() {
+            let row = if self.x.block == 0 { Some(s.splat(self.x.scales[first + r])) } else { None };
+            let acc = acc.as_chunks::<LANES>().0;
+            let mut v = [s.load(&acc[0]), s.load(&acc[1])];
+            for i in 0..2 {
+                if let Some(row) = row {
+                    v[i] = s.mul(v[i], row);
+                }
+                if !spec.block_scales {
+                    v[i] = s.mul(v[i], columns[i]);
+                }
+                if let Some(bias) = bias {
+                    v[i] = s.add(v[i], bias[i]);
+                }
+            }
+            let start = panel * spec.panel_columns();
+            let at = (first + r) * spec.columns + start;
+            let width = spec.panel_columns().min(spec.columns - start);
+            if spec.gated {
+                self.write(s, at, width, s.mul(swish(s, v[0], 1.0), v[1]));
+                continue;
+            }
+            let v = v.map(|v| match self.epilogue.activation {
+                Activation::Identity | Activation::SwiGlu => v,
+                Activation::QuickGelu => swish(s, v, 1.702),
+                Activation::Gelu => gelu(s, v),
+                Activation::GeluTanh => gelu_tanh(s, v),
+            });
+            self.write(s, at, width.min(LANES), v[0]);
+            if width > LANES {
+                self.write(s, at + LANES, width - LANES, v[1]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn write<S: Simd>(&self, s: S, at: usize, width: usize, v: S::F) {
+        // SAFETY: rows and columns of this task, which no other has.
+        let out = unsafe { self.out.part(at, width) };
+        let v = match self.epilogue.residual {
+            Residual::None => v,
+            Residual::Add(residual) => s.add(v, s.load_part(&residual[at..at + width])),
+            Residual::InPlace => s.add(v, s.load_part(out)),
+        };
+        s.store_part(v, out);
+    }
+}

@@ -1,0 +1,98 @@
+//! Sixteen lanes of f32 or i32 on every processor.
+//!
+//! The operations are IEEE 754 ones (add, multiply, fused multiply-add, divide, conversions that round to even) or defined
+//! bit for bit (`max` and `min` as x86 has them, sums over lanes in one fixed tree), so code that is generic over
+//! [`Simd`] gives the same bits at every level. A value of an implementing type is the proof that its instructions exist.
+
+use half::f16;
+
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+
+pub(crate) use portable::Portable;
+
+use crate::dot::Dot;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// One instruction set's vectors of sixteen lanes.
+pub(crate) trait Simd: Copy + Send + Sync + Dot {
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen i32.
+    type I: Copy;
+    /// Vectors of accumulators that fit in registers beside operands.
+    const ACCUMULATORS: usize;
+
+    fn splat(self, x: f32) -> Self::F;
+    fn load(self, from: &[f32; LANES]) -> Self::F;
+    fn store(self, v: Self::F, to: &mut [f32; LANES]);
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F;
+    /// Rounds to nearest even.
+    fn store_f16(self, v: Self::F, to: &mut [f16; LANES]);
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F;
+
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `if a > b { a } else { b }`: `b` where either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `if a < b { a } else { b }`: `b` where either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Lanes below `n` of `a`, the others of `b`.
+    fn first(self, n: usize, a: Self::F, b: Self::F) -> Self::F;
+
+    fn splat_i32(self, x: i32) -> Self::I;
+    fn load_i32(self, from: &[i32; LANES]) -> Self::I;
+    fn store_i32(self, v: Self::I, to: &mut [i32; LANES]);
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    fn max_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    fn and_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Each lane shifted left by 23 bits: into an f32's exponent.
+    fn shl23(self, a: Self::I) -> Self::I;
+    /// The low byte of each lane.
+    fn store_u8(self, v: Self::I, to: &mut [u8; LANES]);
+
+    /// Nearest integer, ties to even. NaN gives a number whose low 9 bits are zero; beyond i32 it is unspecified.
+    fn round(self, v: Self::F) -> Self::I;
+    fn to_f32(self, v: Self::I) -> Self::F;
+    fn bits(self, v: Self::F) -> Self::I;
+    fn with_bits(self, v: Self::I) -> Self::F;
+
+    /// Lanes added in a tree: i with i + 8, then + 4, + 2, + 1.
+    fn sum(self, v: Self::F) -> f32;
+    /// The largest lane by [`Self::max`], in the same tree.
+    fn largest(self, v: Self::F) -> f32;
+    /// The largest lane.
+    fn largest_i32(self, v: Self::I) -> i32;
+
+    /// The first `from.len()` lanes (at most 16), zero in the others.
+    #[inline(always)]
+    fn load_part(self, from: &[f32]) -> Self::F {
+        if let Ok(all) = from.try_into() {
+            return self.load(all);
+        }
+        let mut lanes = [0.0; LANES];
+        lanes[..from.len()].copy_from_slice(from);
+        self.load(&lanes)
+    }
+
+    /// The first `to.len()` lanes (at most 16).
+    #[inline(always)]
+    fn store_part(self, v: Self::F, to: &mut [f32]) {
+        if let Ok(all) = <&mut [f32; LANES]>::try_from(&mut *to) {
+            return self.store(v, all);
+        }
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        to.copy_from_slice(&lanes[..to.len()]);
+    }
+}

@@ -1,0 +1,4 @@
+//! The kernels from outside: one module for each family.
+
+mod linear;
+mod random;
