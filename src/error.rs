@@ -154,6 +154,10 @@ impl Error {
             Self::OtherRun { .. } => {
                 Some("choose another --out, repeat the earlier settings, or start anew with --overwrite".to_owned())
             }
+            Self::Cuda { .. } => Some(
+                "`recaption doctor` shows what is there; a GPU that fails again and again is worth a look at `nvidia-smi -q`"
+                    .to_owned(),
+            ),
             Self::NoSuchGpu { .. } => Some("use indices from 0 on; CUDA_VISIBLE_DEVICES hides GPUs".to_owned()),
             Self::Panicked { .. } => {
                 Some("this is a bug; finished shards are kept, and the same command goes on after them".to_owned())

@@ -63,7 +63,7 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
         let weights = vec![3; spec.rows() * k];
         let scales = vec![0.01; spec.rows() * spec.scales_per_row()];
         // As many copies as it takes to leave the caches, as the layers of a model do.
-        let copies = (96 << 20usize).div_ceil(spec.num_bytes());
+        let copies = (96_usize << 20).div_ceil(spec.num_bytes());
         let packed = pack(&spec, &weights, &scales).expect("packs");
         let copies: Vec<Vec<u8>> = (0..copies).map(|_| packed.clone()).collect();
         print!("{name:14} {k:5} {:6} {block:4}:", spec.rows());

@@ -199,7 +199,8 @@ fn libraries() -> Vec<LibraryReport> {
 impl BundleReport {
     fn of(bundle: &Bundle, working: &[ProviderReport], devices: [Device; 3]) -> Self {
         let manifest = &bundle.manifest;
-        let runs = |device: Device| match check_device(device, manifest) {
+        let fits = |device| check_device(device, manifest).and_then(|()| provider::check_cpu(device, manifest));
+        let runs = |device: Device| match fits(device) {
             Err(error) => Found::no(&error),
             Ok(()) => match working.iter().find(|provider| provider.name == device.name() && !provider.works) {
                 Some(provider) => {

@@ -40,8 +40,9 @@ pub(crate) fn needed_libraries(device: Device) -> Result<Vec<NeededLibrary>> {
             return Err(Error::Provider {
                 provider: device.name(),
                 reason: format!(
-                    "ONNX Runtime at `{}` comes without {provider}: `{file}` is not beside it",
-                    runtime.path.display()
+                    "ONNX Runtime at `{}` comes without {provider}: `{file}` is not beside it{}",
+                    runtime.path.display(),
+                    if libraries::driver_cuda_version().is_some() { "" } else { "; and there is no NVIDIA driver" }
                 ),
                 hint: "run scripts/fetch_onnxruntime.sh --gpu, or point ORT_DYLIB_PATH at the library of the \
                        onnxruntime-gpu wheel; or use --provider cpu"
