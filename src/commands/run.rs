@@ -173,7 +173,7 @@ fn engine_options(
             num_slots: plan.num_slots,
             vision_batch: plan.vision_batch,
             has_fixed_shapes: is_gpu || args.fixed_shapes,
-            captures_graphs: is_gpu && !args.no_cuda_graphs,
+            captures_graphs: is_gpu && !args.no_cuda_graphs && load_library()?.captures_graphs_safely(),
             memory_limit: is_gpu.then_some(plan.budget_bytes as usize),
             engine_cache: match device {
                 Device::TensorRt(index) => Some(engine_cache(args, bundle, index)?),

@@ -32,6 +32,12 @@ pub struct Library {
 }
 
 impl Library {
+    /// Whether decode steps may be captured as CUDA graphs. Before 1.31.1 kernels that ours use (`GatherND`, `Concat`) could
+    /// record copies from host memory that is freed by the time a graph is replayed (onnxruntime pull requests 32120, 32121).
+    pub(crate) fn captures_graphs_safely(&self) -> bool {
+        is_at_least(&self.version, [1, 31, 1])
+    }
+
     /// Names of the execution providers that were compiled into it, without `ExecutionProvider`.
     pub(crate) fn providers(&self) -> Vec<String> {
         let (mut names, mut count) = (std::ptr::null_mut(), 0);
@@ -146,4 +152,23 @@ fn read_version(path: &Path) -> Result<String> {
         return Err(refusal(reason));
     }
     Ok(version)
+}
+
+fn is_at_least(version: &str, wanted: [u32; 3]) -> bool {
+    let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    [(); 3].map(|()| parts.next().unwrap_or(0)) >= wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_part_by_part() {
+        for (version, expected) in
+            [("1.31.1", true), ("1.31.0", false), ("1.32", true), ("1.9.9", false), ("2.0.0", true)]
+        {
+            assert_eq!(is_at_least(version, [1, 31, 1]), expected, "{version}");
+        }
+    }
 }
