@@ -51,8 +51,6 @@ BIG_FORMATS = {
     # Random weights have nothing to be calibrated for.
     "int4": ("--precision", "int4", "--activations", "fp16", "--calibration", "none"),
 }
-# Its extras name the CUDA 13 and cuDNN 9 wheels that it links to. TensorRT has none of that kind.
-CUDA_PACKAGES = ("onnxruntime-gpu[cuda,cudnn]==1.31.1",)
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,6 @@ def setup(program: Program) -> Result:
 
     step("recaption", lambda: build(program))
     step("ONNX Runtime", lambda: fetch_library(program))
-    if program.install_cuda_libraries:
-        step("CUDA libraries", lambda: install_cuda_libraries(program))
     if not program.is_small:
         step("numpy", lambda: install_numpy(program))
         step("tokenizer and photographs", lambda: fetch_data(program))
@@ -128,10 +124,10 @@ def build(program: Program) -> str:
 def fetch_library(program: Program) -> str:
     if "ORT_DYLIB_PATH" in os.environ and not program.is_dry:
         return "given by ORT_DYLIB_PATH"
-    script = ROOT / "scripts" / "fetch_onnxruntime.sh"
-    if program.uses_gpu and "--gpu" not in script.read_text():
-        raise Skipped("scripts/fetch_onnxruntime.sh knows no --gpu: set ORT_DYLIB_PATH (docs/gpu.md)")
-    finished = program.call([script, *(["--gpu"] if program.uses_gpu else [])])
+    options = ["--gpu"] if program.uses_gpu else []
+    if program.uses_gpu and program.install_cuda_libraries:
+        options.append("--cuda")
+    finished = program.call([ROOT / "scripts" / "fetch_onnxruntime.sh", *options])
     return finished.stdout.strip().splitlines()[-1] if finished.stdout.strip() else "fetched"
 
 
@@ -143,23 +139,9 @@ def venv_python(program: Program) -> Path:
     return python
 
 
-def install_cuda_libraries(program: Program) -> str:
-    # The libraries are what the package depends on; its own comes from fetch_onnxruntime.sh, with its hash.
-    pip = [venv_python(program), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    program.call([*pip, *CUDA_PACKAGES])
-    use_venv(program)
-    return ", ".join(CUDA_PACKAGES)
-
-
 def use_venv(program: Program) -> None:
     """What a setup, this one or an earlier, has put into the virtual environment."""
     folders = [*program.out.glob("venv/lib/python*/site-packages")]
-    libraries = [path for folder in folders for path in sorted(folder.glob("nvidia/**/lib")) if path.is_dir()]
-    libraries += [path for folder in folders for path in folder.glob("tensorrt_libs")]
-    if libraries:
-        earlier = os.environ.get("LD_LIBRARY_PATH")
-        paths = [*map(str, libraries), *([earlier] if earlier else [])]
-        program.environment["LD_LIBRARY_PATH"] = ":".join(paths)
     if any((folder / "numpy").is_dir() for folder in folders):
         program.python = str(program.out / "venv" / "bin" / "python")
 

@@ -1,7 +1,7 @@
 //! What `--provider` and `--device` mean on this machine: exactly what was asked for or an error, and for `auto` the best
 //! that works, with the reason. Shared by `run` and `doctor`.
 
-use recaption_export::{Manifest, Precision, Target};
+use recaption_export::{Manifest, Precision, Target, lint};
 
 use crate::error::{Error, Result};
 use crate::pipeline::vision::{check_device, decoder_device};
@@ -42,7 +42,9 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
     let with = |device: fn(i32) -> Device| -> Vec<Device> { gpus.iter().map(|&index| device(index)).collect() };
     let on_cpu = || vec![Device::Cpu; cpu_engines];
     let chosen = |devices: Vec<Device>, reason| {
-        let decoder = decoder_device(devices.first().copied().unwrap_or(Device::Cpu), manifest);
+        let device = devices.first().copied().unwrap_or(Device::Cpu);
+        let decoder = decoder_device(device, manifest);
+        let reason = if decoder == Device::Cpu && device != decoder { cuda_exception(manifest) } else { reason };
         Choice { devices, decoder, reason }
     };
     let asked = match choice {
@@ -53,25 +55,26 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
             let mut reasons = Vec::new();
             for devices in [with(Device::TensorRt), with(Device::Cuda)] {
                 let first = devices.first().copied().unwrap_or(Device::Cuda(0));
-                match why_not(first, manifest).map_or_else(|| check_all(&devices, manifest), |reason| Ok(Some(reason)))
-                {
-                    Ok(None) => return Ok(chosen(devices, reasons.into_iter().next())),
-                    Ok(Some(reason)) => reasons.push(reason),
-                    Err(Error::Provider { reason, .. }) => reasons.push(format!("no {}: {reason}", title(first))),
+                if let Some(reason) = why_not(first, manifest) {
+                    reasons.push(reason);
+                    continue;
+                }
+                match check_all(&devices, manifest) {
+                    Ok(()) => return Ok(chosen(devices, reasons.into_iter().next())),
                     // CUDA works: what was asked of it does not.
                     Err(error @ Error::NoSuchGpu { .. }) => return Err(error),
+                    Err(Error::Provider { reason, .. }) => reasons.push(format!("no {}: {reason}", title(first))),
                     Err(error) => reasons.push(format!("no {}: {error}", title(first))),
                 }
             }
             // Whatever CUDA lacks, TensorRT lacks as well.
             let reason = reasons.pop();
-            check_device(Device::Cpu, manifest).map_err(|error| match (error, &reason) {
+            check_all(&[Device::Cpu], manifest).map_err(|error| match (error, &reason) {
                 (Error::Setting { reason: cpu, hint }, Some(gpu)) => {
                     Error::Setting { reason: format!("{cpu}; {gpu}"), hint }
                 }
                 (error, _) => error,
             })?;
-            check_cpu(Device::Cpu, manifest)?;
             return Ok(chosen(on_cpu(), reason));
         }
     };
@@ -89,8 +92,13 @@ fn why_not(device: Device, manifest: &Manifest) -> Option<String> {
             "TensorRT is for bundles of --target tensorrt: it does not take ONNX Runtime's operators".to_owned(),
         );
     }
-    (decoder_device(device, manifest) == Device::Cpu)
-        .then(|| "CUDA has no attention in fp32; --provider cuda runs the vision tower there".to_owned())
+    let reason = cuda_exception(manifest).filter(|_| decoder_device(device, manifest) == Device::Cpu);
+    reason.map(|reason| format!("{reason}; --provider cuda runs the vision tower on the GPU"))
+}
+
+/// Why the bundle's decoder does not run on CUDA.
+pub(super) fn cuda_exception(manifest: &Manifest) -> Option<String> {
+    lint::cuda_exception(&manifest.header).map(str::to_owned)
 }
 
 fn title(device: Device) -> &'static str {
@@ -101,27 +109,29 @@ fn title(device: Device) -> &'static str {
     }
 }
 
-/// Checks each of `devices`; `None` stands for: no reason not to.
-fn check_all(devices: &[Device], manifest: &Manifest) -> Result<Option<String>> {
+/// Checks that the bundle goes with each of `devices`, and that they work.
+fn check_all(devices: &[Device], manifest: &Manifest) -> Result<()> {
     for &device in devices {
         check_device(device, manifest)?;
         check_cpu(device, manifest)?;
-        check_machine(device)?;
     }
-    Ok(None)
+    check_machine(devices)
 }
 
-/// Whether this machine has what `device` needs: libraries, versions, driver, the GPU itself, and the provider.
-pub(super) fn check_machine(device: Device) -> Result<()> {
-    let Some(index) = device.gpu_index() else { return Ok(()) };
-    runtime::check_libraries(device)?;
+/// Whether this machine has what `devices`, all of one kind, need: libraries, versions, driver, the GPUs themselves, and the
+/// provider.
+pub(super) fn check_machine(devices: &[Device]) -> Result<()> {
+    let Some(first) = devices.iter().find(|device| device.gpu_index().is_some()) else { return Ok(()) };
+    runtime::check_libraries(*first)?;
     let count = runtime::num_gpus()?;
-    if index < 0 || index >= count {
+    if let Some(index) =
+        devices.iter().filter_map(|device| device.gpu_index()).find(|index| !(0..count).contains(index))
+    {
         let there = runtime::gpu_names().unwrap_or_default();
         let listed = if there.is_empty() { String::new() } else { format!(": {}", there.join(", ")) };
         return Err(Error::NoSuchGpu { index, count, listed });
     }
-    provider::probe(device)
+    devices.iter().try_for_each(|&device| provider::probe(device))
 }
 
 /// # Errors

@@ -50,7 +50,7 @@ pub struct EngineOptions {
     pub stop_rule: StopRule,
     /// Batches are padded to few sizes, as GPUs want it.
     pub has_fixed_shapes: bool,
-    /// Decode steps are captured as CUDA graphs.
+    /// Decode steps are captured as CUDA graphs, which takes fixed shapes.
     pub captures_graphs: bool,
     /// Most bytes that each session takes of a GPU's memory.
     pub memory_limit: Option<usize>,
@@ -103,24 +103,26 @@ impl<T> Engine<T> {
             spin,
             stream,
             memory_limit: options.memory_limit,
-            captures_graphs: options.captures_graphs && matches!(device, Device::Cuda(_)),
+            // TensorRT has its own; a CPU only goes through the motions, for the tests.
+            captures_graphs: options.captures_graphs && !matches!(device, Device::TensorRt(_)),
             engine_cache: options.engine_cache.clone(),
             shows_builds: options.shows_builds,
             device,
             dims: Default::default(),
         };
         let vision_batch = options.vision_batch.min(options.num_slots);
+        let has_fixed_shapes = options.has_fixed_shapes || options.captures_graphs;
         let vision_options = VisionOptions {
             session: session(options.device, stream, false),
             decoder,
             max_batch: vision_batch,
-            has_fixed_shapes: options.has_fixed_shapes,
+            has_fixed_shapes,
         };
         let generator_options = GeneratorOptions {
             num_slots: options.num_slots,
             max_prefill_batch: vision_batch,
             stop_rule: options.stop_rule.clone(),
-            has_fixed_shapes: options.has_fixed_shapes,
+            has_fixed_shapes,
         };
         let vision = VisionEncoder::open(bundle, vision_options)?;
         let generator = Generator::open(bundle, &session(decoder, decoder_stream, true), prompt, generator_options)?;
@@ -279,7 +281,8 @@ pub(crate) fn run(
     if matches!(outcome, Ok(Ok(()))) {
         return Ok(());
     }
-    if returns.is_last_engine() || channels.abort.load(Ordering::Relaxed) {
+    let are_others_left = returns.leave();
+    if !are_others_left || channels.abort.load(Ordering::Relaxed) {
         return outcome.unwrap_or_else(|panic| resume_unwind(panic));
     }
     let reason = match outcome {

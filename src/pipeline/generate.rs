@@ -39,8 +39,6 @@ pub(crate) struct Generator<T> {
     stop_rule: StopRule,
     num_slots: usize,
     decode_steps: BatchSteps,
-    /// What a decode step says as the longest sequence, unless it says the truth.
-    fixed_total: Option<usize>,
     prefill: StepBuffers,
     decode: StepBuffers,
     /// By batch and by the cache's parity.
@@ -135,7 +133,7 @@ struct StepBuffers {
     /// `[]`: the longest of the sequences after this run; on the host, where the attention reads it. Bound where the decoder
     /// has that input.
     total_sequence_length: Buffer,
-    has_total: bool,
+    totals: Totals,
     /// `next_ids`, `[batch]`.
     next_ids: Block,
     sequence: usize,
@@ -148,19 +146,30 @@ const INPUT_IDS: usize = 1;
 /// `[batch, sequence]`
 const IMAGE_INDEX: usize = 2;
 
+/// How runs say the length of the longest sequence.
+#[derive(Clone, Copy)]
+struct Totals {
+    /// Whether the decoder has that input.
+    is_input: bool,
+    /// The same for all runs; the truth where there is none.
+    fixed: Option<usize>,
+}
+
 impl StepBuffers {
-    fn new(decoder: &Session, max_batch: usize, sequence: usize, has_total: bool) -> Result<Self> {
+    /// Buffers of runs over up to `max_batch` sequences. Until they are told otherwise they hold text of length 1.
+    fn new(decoder: &Session, (max_batch, sequence): (usize, usize), totals: Totals) -> Result<Self> {
         let num_tokens = max_batch * sequence;
         let inputs = [(DataType::I32, max_batch), (DataType::I64, num_tokens), (DataType::I64, num_tokens)];
-        let mut inputs = Block::new(decoder, &inputs)?;
-        inputs.tensor_mut::<i64>(IMAGE_INDEX).fill(IMAGE_INDEX_TEXT);
-        Ok(Self {
-            inputs,
+        let mut buffers = Self {
+            inputs: Block::new(decoder, &inputs)?,
             total_sequence_length: Buffer::host(DataType::I32, 1)?,
-            has_total,
+            totals,
             next_ids: Block::new(decoder, &[(DataType::I64, max_batch)])?,
             sequence,
-        })
+        };
+        buffers.inputs.tensor_mut::<i64>(IMAGE_INDEX).fill(IMAGE_INDEX_TEXT);
+        buffers.set_lengths(std::iter::repeat_n(1, max_batch));
+        Ok(buffers)
     }
 
     fn bind(&self, binding: &mut Binding, batch: usize) -> Result<()> {
@@ -168,20 +177,20 @@ impl StepBuffers {
         binding.bind_input("input_ids", &self.inputs.view(INPUT_IDS, &tokens)?)?;
         binding.bind_input("image_index", &self.inputs.view(IMAGE_INDEX, &tokens)?)?;
         binding.bind_input("seqlens_k", &self.inputs.view(SEQLENS_K, &[batch])?)?;
-        if self.has_total {
+        if self.totals.is_input {
             binding.bind_input("total_sequence_length", &self.total_sequence_length.view(0, &[])?)?;
         }
         binding.bind_output("next_ids", self.next_ids.view(0, &[batch])?)
     }
 
-    /// Says how long each sequence is after the run, and the longest: `fixed_total`, or what is true.
-    fn set_lengths(&mut self, lengths: impl Iterator<Item = usize>, fixed_total: Option<usize>) {
+    /// Says how long each sequence is after the run, and the longest of them.
+    fn set_lengths(&mut self, lengths: impl Iterator<Item = usize>) {
         let mut longest = 0;
         for (seqlen, length) in self.inputs.tensor_mut::<i32>(SEQLENS_K).iter_mut().zip(lengths) {
             longest = longest.max(length);
             *seqlen = length as i32 - 1;
         }
-        self.total_sequence_length.part_mut::<i32>(0, 1)[0] = fixed_total.unwrap_or(longest) as i32;
+        self.total_sequence_length.part_mut::<i32>(0, 1)[0] = self.totals.fixed.unwrap_or(longest) as i32;
     }
 }
 
@@ -202,12 +211,14 @@ impl<T> Generator<T> {
         let sizes = DecoderSizes { num_slots, max_prefill_batch, prompt: prompt.len(), max_length, num_image_tokens };
         let decoder = Decoder::open(bundle, session, sizes)?;
         let inputs = &manifest.graphs.decoder.inputs;
-        let has_total = inputs.iter().any(|input| input.name == "total_sequence_length");
+        let is_input = inputs.iter().any(|input| input.name == "total_sequence_length");
+        let of_prefill = Totals { is_input, fixed: None };
+        let of_decode = Totals { is_input, fixed: has_fixed_shapes.then_some(max_length) };
         let mut generator = Self {
             cache: KvCache::new(decoder.decode(), CacheShape::of(manifest)?, num_slots, max_length)?,
             no_features: decoder.decode().device_buffer(manifest.header.activations, dims.hidden_size)?,
-            prefill: StepBuffers::new(&decoder.prefill, max_prefill_batch, prompt.len(), has_total)?,
-            decode: StepBuffers::new(decoder.decode(), num_slots, 1, has_total)?,
+            prefill: StepBuffers::new(&decoder.prefill, (max_prefill_batch, prompt.len()), of_prefill)?,
+            decode: StepBuffers::new(decoder.decode(), (num_slots, 1), of_decode)?,
             decoder,
             dims,
             prompt,
@@ -218,7 +229,6 @@ impl<T> Generator<T> {
             } else {
                 BatchSteps::exact(num_slots)
             },
-            fixed_total: has_fixed_shapes.then_some(max_length),
             decode_bindings: HashMap::new(),
             active: Vec::with_capacity(num_slots),
         };
@@ -227,7 +237,8 @@ impl<T> Generator<T> {
     }
 
     /// Runs each decode step once, so that it is captured now: while a graph is captured no other thread of the process may
-    /// allocate on a GPU. The largest first, so that the smaller ones find the memory they need.
+    /// allocate on a GPU. The largest first, so that the smaller ones find the memory they need. All slots are free, so that
+    /// what the steps write into the cache does no harm.
     fn capture(&mut self) -> Result<()> {
         if !self.decoder.decode().captures_graphs() {
             return Ok(());
@@ -288,7 +299,7 @@ impl<T> Generator<T> {
                 *target = if index >= 0 { first_row + index } else { index };
             }
         }
-        self.prefill.set_lengths(std::iter::repeat_n(length, batch), None);
+        self.prefill.set_lengths(std::iter::repeat_n(length, batch));
 
         let session = &mut self.decoder.prefill;
         let mut binding = session.binding()?;
@@ -315,7 +326,7 @@ impl<T> Generator<T> {
         // The free slots among them write their first position, where nothing of worth lies.
         let lengths = self.active.iter().map(|sequence| sequence.cached_length + 1);
         let parked = std::iter::repeat_n(1, batch - num_active);
-        self.decode.set_lengths(lengths.chain(parked), self.fixed_total);
+        self.decode.set_lengths(lengths.chain(parked));
         self.run_decode(batch)?;
         self.cache.advance();
         let session = self.decoder.decode();

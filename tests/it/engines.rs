@@ -16,25 +16,32 @@ use crate::support::{demo_bundle, demo_shard, printed_rows, recaption, stderr};
 
 const NEW_TOKENS: usize = 8;
 
-fn engine(golden: &Golden, bundle: &Bundle, has_fixed_shapes: bool, num_slots: usize) -> Engine<usize> {
+fn engine(golden: &Golden, bundle: &Bundle, is_captured: bool, num_slots: usize) -> Engine<usize> {
     let stop_rule = StopRule { stop_token_ids: vec![], max_new_tokens: NEW_TOKENS, ignore_eos: true };
     let options = EngineOptions {
         num_slots,
         vision_batch: num_slots,
-        has_fixed_shapes,
+        has_fixed_shapes: is_captured,
+        captures_graphs: is_captured,
         ..EngineOptions::new(Device::Cpu, stop_rule)
     };
     Engine::open(bundle, &prompt(golden, bundle), &options).unwrap()
 }
 
-#[test]
-fn a_decode_step_copies_its_inputs_once_and_the_new_ids_once() {
+/// An engine with two captions of one image in flight.
+fn engine_with_two_captions() -> Engine<usize> {
     recaption::runtime::load_library().unwrap();
     let golden = Golden::all().into_iter().next().unwrap();
     let bundle = Bundle::open(&golden.bundle()).unwrap();
     let mut engine = engine(&golden, &bundle, false, 2);
     let image = pixel_values(&bundle, Path::new(&golden.image_paths()[0]));
     engine.start(vec![0, 1], &[&image, &image]).unwrap();
+    engine
+}
+
+#[test]
+fn a_decode_step_copies_its_inputs_once_and_the_new_ids_once() {
+    let mut engine = engine_with_two_captions();
     for _ in 1..NEW_TOKENS {
         let before = engine.copy_counts();
         engine.step().unwrap();
@@ -50,13 +57,7 @@ fn a_decode_step_copies_its_inputs_once_and_the_new_ids_once() {
 
 #[test]
 fn image_features_do_not_pass_through_the_host() {
-    recaption::runtime::load_library().unwrap();
-    let golden = Golden::all().into_iter().next().unwrap();
-    let bundle = Bundle::open(&golden.bundle()).unwrap();
-    let mut engine = engine(&golden, &bundle, false, 2);
-    let image = pixel_values(&bundle, Path::new(&golden.image_paths()[0]));
-    engine.start(vec![0, 1], &[&image, &image]).unwrap();
-    let counts = engine.copy_counts();
+    let counts = engine_with_two_captions().copy_counts();
     // Down: the first ids only. Up: pixel values and the prompt's ids.
     assert_eq!((counts.downloads, counts.downloaded_bytes), (1, 16));
     assert_eq!(counts.uploads, 2);

@@ -122,6 +122,32 @@ fn the_table_shows_every_graph_and_the_lengths_asked_for() {
 }
 
 #[test]
+fn what_keeps_a_gpu_from_running_a_bundle_is_told() {
+    use recaption::export::{ExportOptions, Precision, Target, export};
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = crate::support::root("tests/data/checkpoints/published-f16");
+    let gpu = |bundle: &Path| {
+        let output = recaption(&["inspect", bundle.to_str().unwrap(), "--json"]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["gpu"].clone()
+    };
+    let exported = |precision, target| {
+        let bundle = folder.path().join(format!("{precision:?}-{target:?}"));
+        export(&checkpoint, &bundle, &ExportOptions { precision, target, ..ExportOptions::default() }).unwrap();
+        bundle
+    };
+    let fp32 = gpu(&demo_bundle());
+    assert!(fp32["exception"].as_str().unwrap().contains("f16 and bf16 only"), "{fp32}");
+    assert_eq!(fp32["findings"], json!([]));
+    let fp16 = exported(Precision::Fp16, Target::Ort);
+    assert_eq!((&gpu(&fp16)["exception"], &gpu(&fp16)["findings"]), (&Value::Null, &json!([])));
+    let tensorrt = gpu(&exported(Precision::Fp16, Target::TensorRt));
+    assert!(tensorrt["provider"].as_str().unwrap().starts_with("TensorRT"), "{tensorrt}");
+    assert_eq!(tensorrt["findings"], json!([]));
+    assert!(gpu(&exported(Precision::Int8, Target::Ort)).is_null());
+}
+
+#[test]
 fn padded_heads_and_second_copies_count_as_memory() {
     use recaption::export::{ExportOptions, Precision, Target, export};
     let folder = tempfile::tempdir().unwrap();

@@ -46,7 +46,8 @@ impl GpuProvider {
     }
 
     /// That of a bundle; all of its graphs must have one.
-    fn of_bundle(header: &BundleHeader) -> Option<Self> {
+    #[must_use]
+    pub fn of_bundle(header: &BundleHeader) -> Option<Self> {
         Self::of(header.target, header.vision_precision).and(Self::of(header.target, header.precision))
     }
 
@@ -134,8 +135,7 @@ pub enum Problem {
 }
 
 /// Why a decoder with f32 attention is written although CUDA has no kernel for it.
-const F32_ATTENTION: &str =
-    "CUDA's GroupQueryAttention is f16 and bf16 only: a decoder with f32 activations runs on the CPU";
+const F32_ATTENTION: &str = "CUDA's attention is f16 and bf16 only: a decoder of f32 runs on the CPU";
 
 /// Why the decoder of such a bundle cannot run on CUDA although the bundle is for it, without a look at its graphs: what
 /// [`Finding::exception`] says of the findings that it would have.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::commands::provider;
 use crate::error::{Error, Result};
 use crate::model::Bundle;
-use crate::pipeline::vision::check_device;
+use crate::pipeline::vision::{check_device, decoder_device};
 use crate::runtime::gpu::libraries::Location;
 use crate::runtime::gpu::{self, nvml};
 use crate::runtime::{Device, ProviderChoice, host, load_library, matmul};
@@ -114,7 +114,7 @@ struct BundleReport {
     /// What `--provider auto` takes.
     auto: Found<String>,
     /// For each provider whether it runs the bundle.
-    providers: BTreeMap<&'static str, Found<&'static str>>,
+    providers: BTreeMap<&'static str, Found<String>>,
 }
 
 impl Report {
@@ -162,7 +162,7 @@ impl Report {
 
 impl ProviderReport {
     fn of(device: Device, num_threads: usize) -> Self {
-        let measured = provider::check_machine(device).and_then(|()| matmul::measure(device, num_threads));
+        let measured = provider::check_machine(&[device]).and_then(|()| matmul::measure(device, num_threads));
         let (rate, failure) = match measured {
             Ok(rate) if rate.error <= MAX_MATMUL_ERROR => (Some(rate.flops_per_second), None),
             Ok(rate) => (None, Some((format!("a matrix product is off by {:.2e} of its size", rate.error), None))),
@@ -206,7 +206,11 @@ impl BundleReport {
                 Some(provider) => {
                     Found::No { reason: provider.reason.clone().unwrap_or_default(), hint: provider.hint.clone() }
                 }
-                None => Found::Yes("runs"),
+                None if device != Device::Cpu && decoder_device(device, manifest) == Device::Cpu => {
+                    let reason = provider::cuda_exception(manifest).unwrap_or_default();
+                    Found::Yes(format!("runs its vision tower; the decoder runs on the CPU ({reason})"))
+                }
+                None => Found::Yes("runs".to_owned()),
             },
         };
         Self {
@@ -328,7 +332,7 @@ impl fmt::Display for BundleReport {
         for (name, runs) in &self.providers {
             let subject = format!("  on {name}");
             let text = match runs {
-                Found::Yes(text) => (*text).to_owned(),
+                Found::Yes(text) => text.clone(),
                 Found::No { reason, .. } => reason.clone(),
             };
             Line { is_good: matches!(runs, Found::Yes(_)), subject: &subject, text, hint: None }.fmt(f)?;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use recaption_export::flops::{self, Flops};
 use recaption_export::inspect::GraphContents;
+use recaption_export::lint::{self, GpuProvider};
 use recaption_export::{
     BundleHeader, BundleManifest, ClipManifest, DataType, DecoderDims, DimRange, GraphFile, ImageDims, Manifest,
     TensorSpec, TextDims, VisionDims,
@@ -37,8 +38,31 @@ pub(super) struct Report {
     pub(super) captioner: Option<Captioner>,
     #[serde(flatten)]
     pub(super) scorer: Option<Scorer>,
+    /// The GPU provider that the bundle is made for, if any.
+    pub(super) gpu: Option<GpuReport>,
     /// Whether the files were compared by their hashes.
     pub(super) is_verified: bool,
+}
+
+/// What a GPU provider would make of the graphs, by its tables.
+#[derive(Debug, Serialize)]
+pub(super) struct GpuReport {
+    /// With the version that the tables are of.
+    pub(super) provider: &'static str,
+    /// What is known not to run there, and does on the CPU.
+    pub(super) exception: Option<&'static str>,
+    /// What else keeps graphs from running whole; none in a bundle that this program's export wrote.
+    pub(super) findings: Vec<String>,
+}
+
+impl GpuReport {
+    fn of(folder: &Path, manifest: &BundleManifest) -> Result<Option<Self>> {
+        let Some(provider) = GpuProvider::of_bundle(manifest.header()) else { return Ok(None) };
+        let findings = lint::check_bundle(folder, manifest)?;
+        let exception = findings.iter().find_map(lint::Finding::exception);
+        let unknown = findings.iter().filter(|finding| finding.exception().is_none());
+        Ok(Some(Self { provider: provider.name(), exception, findings: unknown.map(ToString::to_string).collect() }))
+    }
 }
 
 /// One graph.
@@ -140,6 +164,7 @@ impl Report {
             graphs,
             captioner,
             scorer,
+            gpu: GpuReport::of(folder, manifest)?,
             is_verified,
         })
     }

@@ -3,7 +3,7 @@
 use recaption_export::{DimRange, ImageDims, TensorSpec};
 
 use super::numbers::{bytes, count, flops};
-use super::report::{CacheReport, Captioner, FlopsReport, GraphReport, Report, Scorer};
+use super::report::{CacheReport, Captioner, FlopsReport, GpuReport, GraphReport, Report, Scorer};
 
 /// Lists are broken before this column.
 const MAX_WIDTH: usize = 110;
@@ -50,6 +50,14 @@ fn header(report: &Report) -> String {
             ),
         ),
     ];
+    if let Some(GpuReport { provider, exception, findings }) = &report.gpu {
+        let verdict = match (exception, findings.as_slice()) {
+            (Some(exception), _) => (*exception).to_owned(),
+            (None, []) => "has kernels for every node".to_owned(),
+            (None, findings) => format!("does not run all of it: {} findings, which --json lists", findings.len()),
+        };
+        rows.push(("gpu", format!("{provider}: {verdict}")));
+    }
     if let Some(captioner) = &report.captioner {
         rows.extend(dimensions(captioner));
     }

@@ -55,9 +55,9 @@ impl Returns {
         Some(self.accept(returned))
     }
 
-    /// To be asked once, by an engine that fails: whether it was the last.
-    pub(crate) fn is_last_engine(&self) -> bool {
-        self.num_engines.fetch_sub(1, Ordering::AcqRel) == 1
+    /// Counts this engine out, as it fails; says whether others are left.
+    pub(crate) fn leave(&self) -> bool {
+        self.num_engines.fetch_sub(1, Ordering::AcqRel) > 1
     }
 
     /// Gives an image to the others.

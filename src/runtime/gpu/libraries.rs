@@ -224,30 +224,24 @@ fn find_in_wheels(name: &str, folder: &Path) -> Option<PathBuf> {
 }
 
 /// Loads the libraries that lie in wheels for good. They depend on one another in no order that their names tell: what does
-/// not load is tried again after the others.
-pub(super) fn preload(needed: &[NeededLibrary]) {
-    let mut left: Vec<&Path> = needed
-        .iter()
-        .filter_map(|library| match &library.location {
-            Location::Wheel(path) => Some(path.as_path()),
-            Location::System | Location::Missing(_) => None,
-        })
-        .collect();
+/// not load is tried again after the others, and counts as missing in the end.
+pub(super) fn preload(needed: &mut [NeededLibrary]) {
+    let mut waiting = usize::MAX;
     loop {
-        let before = left.len();
-        left.retain(|&path| {
-            // SAFETY: as when libraries are located.
-            match unsafe { UnixLibrary::open(Some(path), RTLD_LAZY | RTLD_GLOBAL) } {
-                Ok(library) => {
-                    std::mem::forget(library);
-                    false
-                }
-                Err(_) => true,
+        let mut refused = Vec::new();
+        for (index, library) in needed.iter().enumerate() {
+            let Location::Wheel(path) = &library.location else { continue };
+            // SAFETY: as when libraries are located. Loading one again only counts its users.
+            match unsafe { UnixLibrary::open(Some(path.as_path()), RTLD_LAZY | RTLD_GLOBAL) } {
+                Ok(library) => std::mem::forget(library),
+                Err(error) => refused.push((index, crate::runtime::cuda::reason(&error))),
             }
-        });
-        if left.len() == before {
+        }
+        if refused.len() == waiting || refused.is_empty() {
+            refused.into_iter().for_each(|(index, reason)| needed[index].location = Location::Missing(reason));
             return;
         }
+        waiting = refused.len();
     }
 }
 
@@ -285,6 +279,12 @@ mod tests {
         if matches!(found.location, Location::Wheel(_)) {
             assert_eq!(found.version().unwrap().to_string(), "9.28.1");
         }
+        std::fs::write(path("nvidia/cudnn/lib/libcublas.so.99"), "no library").unwrap();
+        let mut broken = [NeededLibrary::locate("libcublas.so.99".to_owned(), folder.path())];
+        assert!(matches!(broken[0].location, Location::Wheel(_)));
+        preload(&mut broken);
+        let Location::Missing(reason) = &broken[0].location else { panic!("{broken:?}") };
+        assert!(reason.contains("libcublas.so.99"), "{reason}");
         let missing = NeededLibrary::locate("libcudart.so.99".to_owned(), folder.path());
         let Location::Missing(reason) = &missing.location else { panic!("{missing:?}") };
         assert!(reason.contains("libcudart.so.99"), "{reason}");

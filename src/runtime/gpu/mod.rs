@@ -55,7 +55,7 @@ pub(crate) fn needed_libraries(device: Device) -> Result<Vec<NeededLibrary>> {
             }
         }
     }
-    libraries::preload(&needed);
+    libraries::preload(&mut needed);
     Ok(needed)
 }
 
