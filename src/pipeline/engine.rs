@@ -104,7 +104,7 @@ impl<T> Engine<T> {
             stream,
             memory_limit: options.memory_limit,
             // TensorRT has its own; a CPU only goes through the motions, for the tests.
-            captures_graphs: options.captures_graphs && !matches!(device, Device::TensorRt(_)),
+            captures_graphs: options.captures_graphs && is_one_device && !matches!(device, Device::TensorRt(_)),
             engine_cache: options.engine_cache.clone(),
             shows_builds: options.shows_builds,
             device,
@@ -122,7 +122,8 @@ impl<T> Engine<T> {
             num_slots: options.num_slots,
             max_prefill_batch: vision_batch,
             stop_rule: options.stop_rule.clone(),
-            has_fixed_shapes,
+            // A decoder that stays on the CPU wants no padding.
+            has_fixed_shapes: has_fixed_shapes && is_one_device,
         };
         let vision = VisionEncoder::open(bundle, vision_options)?;
         let generator = Generator::open(bundle, &session(decoder, decoder_stream, true), prompt, generator_options)?;

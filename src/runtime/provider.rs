@@ -150,10 +150,12 @@ fn tensorrt(device: i32, settings: &ProviderSettings<'_>) -> ep::TensorRT {
         .with_force_sequential_engine_build(true);
     if let Some(folder) = settings.engine_cache {
         let folder = folder.to_string_lossy();
+        // An engine is good for its profile: of one graph there are several, for prefill and decode and for other settings.
+        let shapes = settings.shapes.as_ref().map(ShapeProfile::short_hash).unwrap_or_default();
         provider = provider
             .with_engine_cache(true)
             .with_engine_cache_path(&folder)
-            .with_engine_cache_prefix(settings.engine_name)
+            .with_engine_cache_prefix(format!("{}-{shapes}", settings.engine_name))
             .with_timing_cache(true)
             .with_timing_cache_path(&folder);
     }

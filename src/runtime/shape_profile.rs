@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use recaption_export::{Dim, DimRange, GraphFile};
+use recaption_export::{Dim, DimRange, GraphFile, hex};
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
@@ -53,6 +54,13 @@ impl ShapeProfile {
         }
         Ok(profile)
     }
+
+    /// Tells engines of different shapes apart: eight hexadecimal digits.
+    pub(crate) fn short_hash(&self) -> String {
+        let Self { min, opt, max } = self;
+        let hash = Sha256::digest(format!("{min};{opt};{max}"));
+        hex(&hash[..4])
+    }
 }
 
 #[cfg(test)]
@@ -84,6 +92,10 @@ mod tests {
         assert_eq!(profile.min, "input_ids:1x1,past:1x8x64");
         assert_eq!(profile.opt, "input_ids:2x5,past:2x8x64");
         assert_eq!(profile.max, "input_ids:4x7,past:4x8x64");
+        let one_more = BTreeMap::from([("batch".to_owned(), DimRange { min: 1, opt: 2, max: 5 })]);
+        let other = ShapeProfile::new(&graph(), &one_more).unwrap();
+        assert_eq!(profile.short_hash().len(), 8);
+        assert_ne!(profile.short_hash(), other.short_hash());
         assert!(ShapeProfile::new(&graph(), &BTreeMap::new()).unwrap_err().to_string().contains("`batch`"));
         let upside_down = BTreeMap::from([("batch".to_owned(), DimRange { min: 3, opt: 2, max: 4 })]);
         assert!(ShapeProfile::new(&graph(), &upside_down).is_err());
