@@ -16,9 +16,6 @@ pub enum Error {
     /// Two shapes that must agree do not, or a size is one that the kernel does not take.
     #[error("{0}")]
     Shape(String),
-    /// Bytes that are no packed weights of this version.
-    #[error("packed weights: {0}")]
-    Packed(String),
     /// `RECAPTION_CPU` names no instruction set.
     #[error("`RECAPTION_CPU`: expected portable, avx2, avxvnni or avx512, got `{0}`")]
     UnknownLevel(String),

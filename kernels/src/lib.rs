@@ -18,6 +18,6 @@ mod workers;
 pub use error::Error;
 pub use level::Level;
 pub use linear::{Activation, Epilogue, Residual, linear};
-pub use pack::{PackSpec, PackedWeights, pack};
+pub use pack::{PANEL_COLUMNS, PackSpec, Packed, PackedWeights, ZERO_POINT, pack, pack_panel};
 pub use quantize::{Norm, Quantized, QuantizedMut, num_scales, quantize_rows, stride};
 pub use workers::{Scoped, Serial, Workers};

@@ -1,23 +1,22 @@
-//! s8 weights as the integer products read them: made at export, mapped from the file at run time.
-//!
-//! Version 1, little endian, every section a multiple of 128 bytes long (so 64-byte aligned when the start is):
+//! s8 weights as the integer products read them: packed at export, mapped from the file at run time.
 //!
 //! ```text
-//! header       128 bytes: "RCAPPACK", version u32, flags u32, columns u64, k u64, block u64, zeros
-//! panels       i8  [P][K/4][32][4]   P = panels of 32 columns, K padded to a multiple of 4, zeros in the padding
-//! corrections  i32 [P][B][32]        -128 x the column's sum over block b: takes the activations' offset away
-//! scales       f32 [P][B or 1][32]   B = ceil(k / block), or 1 where block is 0
+//! weights      i8  [P, K/4, 32, 4]   P = panels of 32 columns, K padded to a multiple of 4, zeros in the padding
+//! corrections  i32 [P, B, 32]        -zero point x the column's sum over block b: takes the activations' offset away
+//! scales       f32 [P, B or 1, 32]   B = ceil(k / block), or 1 where block is 0
 //! ```
 //! Gated weights (SwiGLU) hold 16 gate and 16 up columns a panel, `columns` counts the pairs.
 
 use crate::Error;
-use crate::dot::{COLUMNS, Step};
+use crate::dot::Step;
+use crate::error::check_len;
 
-const MAGIC: &[u8; 8] = b"RCAPPACK";
-const VERSION: u32 = 1;
-const HEADER: usize = 128;
-const GATED: u32 = 1;
-const BLOCK_SCALES: u32 = 2;
+/// Columns of a panel.
+pub const PANEL_COLUMNS: usize = crate::dot::COLUMNS;
+const COLUMNS: usize = PANEL_COLUMNS;
+
+/// What stands for zero in activations that this crate quantises.
+pub const ZERO_POINT: u8 = 128;
 
 /// Largest k: an exact sum of 127 x 127 x k fits in 31 bits.
 const MAX_K: usize = 131_072;
@@ -53,9 +52,25 @@ impl PackSpec {
         if self.block == 0 { 1 } else { self.k.div_ceil(self.block) }
     }
 
-    /// Length of the packed form.
+    /// Dimensions of the weights, `[panels, steps, 32, 4]`.
+    pub fn weight_dims(&self) -> [usize; 4] {
+        [self.num_panels(), self.num_steps(), COLUMNS, 4]
+    }
+
+    /// Dimensions of the corrections, `[panels, blocks, 32]`.
+    pub fn correction_dims(&self) -> [usize; 3] {
+        [self.num_panels(), self.num_blocks(), COLUMNS]
+    }
+
+    /// Dimensions of the scales, `[panels, scales per row, 32]`.
+    pub fn scale_dims(&self) -> [usize; 3] {
+        [self.num_panels(), self.scales_per_row(), COLUMNS]
+    }
+
+    /// Bytes of the packed form.
     pub fn num_bytes(&self) -> usize {
-        self.scales_at() + self.num_panels() * self.scales_per_row() * 4 * COLUMNS
+        let elements = |dims: &[usize]| dims.iter().product::<usize>();
+        elements(&self.weight_dims()) + 4 * (elements(&self.correction_dims()) + elements(&self.scale_dims()))
     }
 
     /// Output columns of a panel.
@@ -72,15 +87,9 @@ impl PackSpec {
         self.k.div_ceil(4)
     }
 
-    fn corrections_at(&self) -> usize {
-        HEADER + self.num_panels() * self.num_steps() * 4 * COLUMNS
-    }
-
-    fn scales_at(&self) -> usize {
-        self.corrections_at() + self.num_panels() * self.num_blocks() * 4 * COLUMNS
-    }
-
-    fn check(&self) -> Result<(), Error> {
+    /// # Errors
+    /// [`Error::Shape`] for sizes that the kernels do not take.
+    pub fn check(&self) -> Result<(), Error> {
         if self.k == 0 || self.k > MAX_K {
             return Err(Error::Shape(format!("k: expected 1 to {MAX_K}, got {}", self.k)));
         }
@@ -101,49 +110,70 @@ impl PackSpec {
     }
 }
 
-/// Packs weights `[rows, k]` with scales `[rows, scales_per_row]`.
-pub fn pack(spec: &PackSpec, weights: &[i8], scales: &[f32]) -> Result<Vec<u8>, Error> {
-    spec.check()?;
-    crate::error::check_len("weights", spec.rows() * spec.k, weights.len())?;
-    crate::error::check_len("weight scales", spec.rows() * spec.scales_per_row(), scales.len())?;
-    let mut bytes = vec![0; spec.num_bytes()];
-    let (header, rest) = bytes.split_at_mut(HEADER);
-    write_header(spec, header);
-    let (panels, rest) = rest.split_at_mut(spec.corrections_at() - HEADER);
-    let (corrections, packed_scales) = rest.split_at_mut(spec.scales_at() - spec.corrections_at());
+/// Packs the weights of one panel, `[32, k]`: its columns one after the other, for gated weights 16 gate and then 16 up, zeros
+/// in the padding. `weights` is `[K/4, 32, 4]` of [`PackSpec::weight_dims`], `corrections` `[blocks, 32]`.
+pub fn pack_panel(spec: &PackSpec, zero_point: u8, rows: &[i8], weights: &mut [i8], corrections: &mut [i32]) {
     let block = if spec.block == 0 { spec.k } else { spec.block };
-    for panel in 0..spec.num_panels() {
-        for (column, row) in (0..COLUMNS).filter_map(|column| Some((column, spec.row_of(panel, column)?))) {
-            let row_weights = &weights[row * spec.k..][..spec.k];
-            for (k, &weight) in row_weights.iter().enumerate() {
-                panels[((panel * spec.num_steps() + k / 4) * COLUMNS + column) * 4 + k % 4] = weight as u8;
-            }
-            for (b, weights) in row_weights.chunks(block).enumerate() {
-                let correction = -128 * weights.iter().map(|&w| i32::from(w)).sum::<i32>();
-                let at = 4 * ((panel * spec.num_blocks() + b) * COLUMNS + column);
-                corrections[at..at + 4].copy_from_slice(&correction.to_le_bytes());
-            }
-            for (b, scale) in scales[row * spec.scales_per_row()..][..spec.scales_per_row()].iter().enumerate() {
-                let at = 4 * ((panel * spec.scales_per_row() + b) * COLUMNS + column);
-                packed_scales[at..at + 4].copy_from_slice(&scale.to_le_bytes());
-            }
+    assert_eq!(rows.len(), COLUMNS * spec.k, "a panel has 32 columns");
+    assert_eq!(weights.len(), spec.num_steps() * 4 * COLUMNS, "panel weights");
+    assert_eq!(corrections.len(), spec.num_blocks() * COLUMNS, "panel corrections");
+    for (column, row) in rows.chunks_exact(spec.k).enumerate() {
+        for (step, four) in row.chunks(4).enumerate() {
+            weights[(step * COLUMNS + column) * 4..][..four.len()].copy_from_slice(four);
+        }
+        for (b, weights) in row.chunks(block).enumerate() {
+            let sum = weights.iter().map(|&w| i32::from(w)).sum::<i32>();
+            corrections[b * COLUMNS + column] = -i32::from(zero_point) * sum;
         }
     }
-    Ok(bytes)
 }
 
-fn write_header(spec: &PackSpec, header: &mut [u8]) {
-    let flags = u32::from(spec.gated) * GATED + u32::from(spec.block_scales) * BLOCK_SCALES;
-    header[..8].copy_from_slice(MAGIC);
-    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    header[12..16].copy_from_slice(&flags.to_le_bytes());
-    for (i, value) in [spec.columns, spec.k, spec.block].into_iter().enumerate() {
-        header[16 + 8 * i..24 + 8 * i].copy_from_slice(&(value as u64).to_le_bytes());
+/// Packed weights in memory of their own.
+#[derive(Clone, Debug)]
+pub struct Packed {
+    spec: PackSpec,
+    weights: Vec<i8>,
+    corrections: Vec<i32>,
+    scales: Vec<f32>,
+}
+
+/// Packs weights `[rows, k]` with scales `[rows, scales_per_row]`.
+pub fn pack(spec: &PackSpec, weights: &[i8], scales: &[f32]) -> Result<Packed, Error> {
+    spec.check()?;
+    check_len("weights", spec.rows() * spec.k, weights.len())?;
+    check_len("weight scales", spec.rows() * spec.scales_per_row(), scales.len())?;
+    let mut packed = Packed {
+        spec: *spec,
+        weights: vec![0; spec.weight_dims().iter().product()],
+        corrections: vec![0; spec.correction_dims().iter().product()],
+        scales: vec![0.0; spec.scale_dims().iter().product()],
+    };
+    let steps = 4 * COLUMNS * spec.num_steps();
+    let panels =
+        packed.weights.chunks_exact_mut(steps).zip(packed.corrections.chunks_exact_mut(spec.num_blocks() * COLUMNS));
+    let mut rows = vec![0; COLUMNS * spec.k];
+    for (panel, (panel_weights, corrections)) in panels.enumerate() {
+        rows.fill(0);
+        for (column, row) in (0..COLUMNS).filter_map(|column| Some((column, spec.row_of(panel, column)?))) {
+            rows[column * spec.k..][..spec.k].copy_from_slice(&weights[row * spec.k..][..spec.k]);
+            for (b, &scale) in scales[row * spec.scales_per_row()..][..spec.scales_per_row()].iter().enumerate() {
+                packed.scales[(panel * spec.scales_per_row() + b) * COLUMNS + column] = scale;
+            }
+        }
+        pack_panel(spec, ZERO_POINT, &rows, panel_weights, corrections);
+    }
+    Ok(packed)
+}
+
+impl Packed {
+    /// What the kernels take.
+    pub fn view(&self) -> PackedWeights<'_> {
+        PackedWeights::new(self.spec, &self.weights, &self.corrections, &self.scales).expect("bug: `pack` checked it")
     }
 }
 
 /// Packed weights in somebody's memory, checked.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct PackedWeights<'a> {
     spec: PackSpec,
     panels: &'a [Step],
@@ -152,47 +182,16 @@ pub struct PackedWeights<'a> {
 }
 
 impl<'a> PackedWeights<'a> {
-    /// Views bytes that [`pack`] made. They must begin at a multiple of 4, and should at one of 64.
-    pub fn from_bytes(bytes: &'a [u8]) -> Result<Self, Error> {
-        let refuse = |why: String| Err(Error::Packed(why));
-        if cfg!(target_endian = "big") {
-            return refuse("made for little-endian processors".to_owned());
-        }
-        if bytes.len() < HEADER || &bytes[..8] != MAGIC {
-            return refuse("no header".to_owned());
-        }
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        if word(8) != VERSION {
-            return refuse(format!("expected version {VERSION}, got {}", word(8)));
-        }
-        let size = |at: usize| match (word(at), word(at + 4)) {
-            (low, 0) => Ok(low as usize),
-            _ => Err(Error::Packed("a size beyond 32 bits".to_owned())),
-        };
-        let flags = word(12);
-        if flags & !(GATED | BLOCK_SCALES) != 0 {
-            return refuse(format!("unknown flags {flags:#x}"));
-        }
-        let spec = PackSpec {
-            columns: size(16)?,
-            k: size(24)?,
-            block: size(32)?,
-            block_scales: flags & BLOCK_SCALES != 0,
-            gated: flags & GATED != 0,
-        };
+    /// Views tensors with the dimensions that `spec` gives. The weights should begin at a multiple of 64.
+    ///
+    /// # Errors
+    /// When a length is another, or `spec` is not one that the kernels take.
+    pub fn new(spec: PackSpec, weights: &'a [i8], corrections: &'a [i32], scales: &'a [f32]) -> Result<Self, Error> {
         spec.check()?;
-        if bytes.len() != spec.num_bytes() {
-            return refuse(format!("expected {} bytes, got {}", spec.num_bytes(), bytes.len()));
-        }
-        if !bytes.as_ptr().cast::<u32>().is_aligned() {
-            return refuse("not aligned to 4 bytes".to_owned());
-        }
-        let (panels, rest) = bytes[HEADER..].split_at(spec.corrections_at() - HEADER);
-        let (corrections, scales) = rest.split_at(spec.scales_at() - spec.corrections_at());
-        // SAFETY: i8, i32 and f32 take any bits, the start is aligned for them and each section begins at a multiple of
-        // 128 bytes from it; lengths are whole numbers of elements, so `align_to` leaves no ends.
-        let (panels, corrections, scales) =
-            unsafe { (panels.align_to::<Step>().1, corrections.align_to().1, scales.align_to().1) };
+        check_len("packed weights", spec.weight_dims().iter().product(), weights.len())?;
+        check_len("corrections", spec.correction_dims().iter().product(), corrections.len())?;
+        check_len("weight scales", spec.scale_dims().iter().product(), scales.len())?;
+        let (panels, corrections, scales) = (weights.as_chunks().0, corrections.as_chunks().0, scales.as_chunks().0);
         Ok(Self { spec, panels, corrections, scales })
     }
 

@@ -65,7 +65,7 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
         // As many copies as it takes to leave the caches, as the layers of a model do.
         let copies = (96_usize << 20).div_ceil(spec.num_bytes());
         let packed = pack(&spec, &weights, &scales).expect("packs");
-        let copies: Vec<Vec<u8>> = (0..copies).map(|_| packed.clone()).collect();
+        let copies: Vec<Packed> = (0..copies).map(|_| packed.clone()).collect();
         print!("{name:14} {k:5} {:6} {block:4}:", spec.rows());
         for rows in [1, 8, 16, 32, 228, 577, 912] {
             if name.starts_with("vit") && rows < 228 || name.ends_with("head") && rows > 32 {
@@ -76,7 +76,7 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
             let mut copy = 0;
             let seconds = best(|| {
                 let x = Quantized { k, block, values: &values, scales: &scales };
-                let weights = PackedWeights::from_bytes(&copies[copy]).expect("packed");
+                let weights = copies[copy].view();
                 let activation = if gated { Activation::SwiGlu } else { Activation::Identity };
                 let epilogue = Epilogue { bias: None, activation, residual: Residual::None };
                 linear(level, pool, x, &weights, &epilogue, &mut out).expect("runs");

@@ -51,7 +51,7 @@ struct Data {
     norm: [Vec<f32>; 2],
     weights: Vec<i8>,
     scales: Vec<f32>,
-    packed: Vec<u8>,
+    packed: Packed,
     bias: Vec<f32>,
     residual: Vec<f32>,
 }
@@ -106,7 +106,7 @@ impl Case {
             activation: self.activation,
             residual: [Residual::None, Residual::Add(&data.residual), Residual::InPlace][usize::from(self.residual)],
         };
-        let weights = PackedWeights::from_bytes(&data.packed).expect("what pack made");
+        let weights = data.packed.view();
         let x = Quantized { k: self.k, block, values: &values, scales: &scales };
         linear(level, workers, x, &weights, &epilogue, &mut out).expect("multiplies");
         (values, scales, out)
@@ -246,7 +246,7 @@ fn extreme_sums_are_exact() {
         for value in [1u8, 255] {
             let mut out = vec![0.0; 2 * columns];
             let x = Quantized { k, block: 0, values: &vec![value; 2 * k], scales: &[1.0, 1.0] };
-            let weights = PackedWeights::from_bytes(&packed).expect("what pack made");
+            let weights = packed.view();
             let epilogue = Epilogue { bias: None, activation: Activation::Identity, residual: Residual::None };
             linear(level, &Serial, x, &weights, &epilogue, &mut out).expect("multiplies");
             let want = -127.0 * (f32::from(value) - 128.0) * k as f32;
@@ -258,14 +258,12 @@ fn extreme_sums_are_exact() {
 #[test]
 fn broken_packs_are_refused() {
     let spec = PackSpec { columns: 5, k: 7, block: 4, block_scales: true, gated: false };
-    let packed = pack(&spec, &[1; 35], &[1.0; 10]).expect("packs");
-    assert_eq!(PackedWeights::from_bytes(&packed).expect("whole").spec(), spec);
-    assert!(PackedWeights::from_bytes(&packed[..packed.len() - 1]).is_err());
-    for at in 0..40 {
-        let mut broken = packed.clone();
-        broken[at] ^= 0x40;
-        let _ = PackedWeights::from_bytes(&broken).map(|w| w.spec());
-    }
+    let (weights, corrections, scales) = (vec![0; 256], vec![0; 64], vec![0.0; 64]);
+    assert_eq!(PackedWeights::new(spec, &weights, &corrections, &scales).expect("whole").spec(), spec);
+    assert!(PackedWeights::new(spec, &weights[1..], &corrections, &scales).is_err());
+    assert!(PackedWeights::new(spec, &weights, &corrections[1..], &scales).is_err());
+    assert!(PackedWeights::new(spec, &weights, &corrections, &scales[1..]).is_err());
+    assert!(PackedWeights::new(PackSpec { k: 0, ..spec }, &[], &[], &[]).is_err());
     assert!(pack(&PackSpec { k: 0, ..spec }, &[], &[]).is_err());
     assert!(pack(&PackSpec { block: 3, ..spec }, &[1; 35], &[1.0; 15]).is_err());
 }
