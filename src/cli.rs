@@ -200,6 +200,8 @@ pub enum TargetArg {
     Ort,
     /// Standard operators only, as TensorRT takes them
     Tensorrt,
+    /// This project's own operators: int8 on the CPU, the fastest there
+    Cpu,
 }
 
 /// `recaption run`.

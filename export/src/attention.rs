@@ -1,7 +1,7 @@
 //! Attention of the decoder over its KV cache, for either target.
 
 use crate::config::DecoderConfig;
-use crate::graph::{Attribute, DataType, Dim, GraphBuilder, MICROSOFT, Value};
+use crate::graph::{Attribute, DataType, Dim, GraphBuilder, MICROSOFT, OWN, Value};
 use crate::manifest::Target;
 use crate::rope::cos_sin_tables;
 
@@ -12,7 +12,7 @@ const HEAD_DIM_MULTIPLE: usize = 16;
 pub(crate) fn cache_head_dim(target: Target, head_dim: usize) -> usize {
     match target {
         Target::Ort => head_dim.next_multiple_of(HEAD_DIM_MULTIPLE),
-        Target::TensorRt => head_dim,
+        Target::TensorRt | Target::Cpu => head_dim,
     }
 }
 
@@ -29,6 +29,7 @@ pub(crate) struct Attention<'v> {
 enum Form {
     Fused { seqlens_k: Value, total_sequence_length: Value },
     Standard(Positions),
+    Own { seqlens_k: Value, num_tokens: Value },
 }
 
 /// Which rows of the cache belong to which token, as the standard operators need it.
@@ -67,6 +68,7 @@ impl<'v> Attention<'v> {
                 let total_sequence_length = graph.input("total_sequence_length", DataType::I32, vec![]);
                 Form::Fused { seqlens_k, total_sequence_length }
             }
+            Target::Cpu => Form::Own { seqlens_k, num_tokens: num_tokens.clone() },
             Target::TensorRt => {
                 let tables = [&cos_table, &sin_table];
                 Form::Standard(Positions::new(graph, max_positions, tables, [&seqlens_k, num_tokens, input_ids]))
@@ -75,19 +77,23 @@ impl<'v> Attention<'v> {
         Self { config, cache_head_dim, cos_table, sin_table, form }
     }
 
-    /// `packed [B, S, q + k + v]` to `[B, S, heads * cache_head_dim]`; keys and values go into the layer's cache.
+    /// `packed [B, S, q + k + v]` to `[B, S, heads * cache_head_dim]`, in this project's own operator rows to rows; keys and values
+    /// go into the layer's cache.
     pub(crate) fn build(&self, graph: &mut GraphBuilder<'_>, layer: usize, packed: &Value) -> Value {
-        let float = graph.format().float;
+        let cache = graph.format().cache();
         let num_kv_heads = self.config.num_kv_heads;
         let shape: Vec<Dim> =
             vec!["batch".into(), num_kv_heads.into(), "max_length".into(), self.cache_head_dim.into()];
         let past =
-            ["key", "value"].map(|kind| graph.input(&format!("past_key_values.{layer}.{kind}"), float, shape.clone()));
+            ["key", "value"].map(|kind| graph.input(&format!("past_key_values.{layer}.{kind}"), cache, shape.clone()));
         let present =
-            ["key", "value"].map(|kind| graph.output(&format!("present.{layer}.{kind}"), float, shape.clone()));
+            ["key", "value"].map(|kind| graph.output(&format!("present.{layer}.{kind}"), cache, shape.clone()));
         match &self.form {
             Form::Fused { seqlens_k, total_sequence_length } => {
                 self.fused(graph, layer, packed, [seqlens_k, total_sequence_length], (past, present))
+            }
+            Form::Own { seqlens_k, num_tokens } => {
+                self.own(graph, layer, packed, [seqlens_k, num_tokens], (past, present))
             }
             Form::Standard(positions) => self.standard(graph, layer, packed, positions, (past, present)),
         }
@@ -128,6 +134,32 @@ impl<'v> Attention<'v> {
                 ("scale", Attribute::Float(self.scale())),
                 ("do_rotary", Attribute::Int(1)),
                 ("rotary_interleaved", Attribute::Int(0)),
+            ],
+        );
+        attended
+    }
+
+    /// Rotation, the cache's update and attention in one operator; rows of padding become zeros.
+    fn own(
+        &self,
+        graph: &mut GraphBuilder<'_>,
+        layer: usize,
+        packed: &Value,
+        [seqlens_k, num_tokens]: [&Value; 2],
+        ([past_key, past_value], [present_key, present_value]): ([Value; 2], [Value; 2]),
+    ) -> Value {
+        let name = format!("/layers.{layer}.self_attn/CachedAttention");
+        let attended = GraphBuilder::output_of(&name, 0);
+        graph.node_named(
+            OWN,
+            "CachedAttention",
+            &name,
+            &[packed, &past_key, &past_value, seqlens_k, num_tokens, &self.cos_table, &self.sin_table],
+            &[attended.clone(), present_key, present_value],
+            vec![
+                ("num_heads", Attribute::Int(self.config.num_heads as i64)),
+                ("num_kv_heads", Attribute::Int(self.config.num_kv_heads as i64)),
+                ("scale", Attribute::Float(self.scale())),
             ],
         );
         attended

@@ -10,12 +10,15 @@
 //! embedding table (-1), or nothing, because the position is padding on the right (-2). The id at an image position is
 //! looked up but not used: feed any valid one, never an `<image>` id that may lie outside of the table.
 
+mod packed;
+
 use crate::attention::{Attention, cache_head_dim};
 use crate::channels::{Channels, DecoderChannels, LayerChannels};
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::DecoderConfig;
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, Value};
+use crate::manifest::Target;
 use crate::linear::{HeadPadding, Linear, LinearInput};
 use crate::norm::{rms_norm, skip_rms_norm};
 use crate::precision::{GraphFormat, LinearFormat};
@@ -46,6 +49,10 @@ pub(crate) fn build<'c>(
     channels: &DecoderChannels,
 ) -> Result<GraphBuilder<'c>> {
     let mut decoder = Decoder::new(checkpoint, config, format, channels)?;
+    if format.target == Target::Cpu {
+        decoder.packed()?;
+        return Ok(decoder.graph);
+    }
     let mut hidden = decoder.embeddings();
     let weight = decoder.norm_weight("layers.0.input_layernorm", &channels.layer(0).attention_input)?;
     let name = "layers.0.input_layernorm";

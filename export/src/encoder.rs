@@ -3,8 +3,8 @@
 
 use crate::activation::Activation;
 use crate::error::Result;
-use crate::graph::{Attribute, GraphBuilder, Value};
-use crate::linear::{Linear, LinearInput};
+use crate::graph::{Attribute, GraphBuilder, OWN, Value};
+use crate::linear::{Around, Linear, LinearInput, Norm};
 use crate::manifest::Target;
 use crate::norm::layer_norm;
 use crate::tensor::StoredTensor;
@@ -39,11 +39,13 @@ pub(crate) struct Encoder<'c, 'v> {
     /// `[batch, tokens, heads, head_dim]`: the shape that rows of tokens take for attention; -1 for the batch where the
     /// number of tokens is known.
     pub(crate) heads_shape: Value,
+    /// Tokens of a sequence, or of the longest where they vary.
+    pub(crate) num_tokens: usize,
     /// Added to the scores, `[tokens, tokens]`.
     pub(crate) mask: Option<Value>,
 }
 
-impl Encoder<'_, '_> {
+impl<'c> Encoder<'c, '_> {
     /// Layer `layer`, rows `[batch * tokens, hidden]` in and out.
     ///
     /// ```text
@@ -51,6 +53,9 @@ impl Encoder<'_, '_> {
     ///  \______________________________________________________________________/ \____________________________/
     /// ```
     pub(crate) fn layer(&mut self, layer: usize, x: &Value) -> Result<Value> {
+        if self.graph.format().target == Target::Cpu {
+            return self.packed_layer(layer, x);
+        }
         let EncoderConfig { hidden_size, intermediate_size, activation, .. } = self.config;
         let prefix = format!("encoder.layers.{layer}");
         let normed = self.layer_norm(&format!("{prefix}.layer_norm1"), x)?;
@@ -64,6 +69,50 @@ impl Encoder<'_, '_> {
         let activated = self.input(&format!("{prefix}.mlp.fc2"), &activated);
         let narrowed = self.linear(&format!("{prefix}.mlp.fc2"), (intermediate_size, hidden_size), &activated)?;
         Ok(self.graph.node("Add", &format!("/{prefix}/Add_1"), &[&x, &narrowed], vec![]))
+    }
+
+    /// The same in this project's own operators, for sequences of one length that see all of themselves.
+    ///
+    /// ```text
+    /// x -> [LN, q and k and v] -> Attention -> [out_proj, + x] -> x -> [LN, fc1, act] -> [fc2, + x] -> y
+    /// ```
+    fn packed_layer(&mut self, layer: usize, x: &Value) -> Result<Value> {
+        let EncoderConfig { hidden_size, intermediate_size, num_heads, activation, .. } = self.config;
+        assert!(self.mask.is_none(), "bug: only towers without a mask have target cpu");
+        let format = self.graph.format().linear;
+        let prefix = format!("encoder.layers.{layer}");
+        let attention = format!("{prefix}.self_attn");
+        let square = (hidden_size, hidden_size);
+        let query = self.stored(&format!("{attention}.q_proj"), square)?;
+        let key = self.stored(&format!("{attention}.k_proj"), square)?;
+        let value = self.stored(&format!("{attention}.v_proj"), square)?;
+        let packed = query.then(key, String::new()).then(value, format!("/{attention}.qkv_proj"));
+        let around = Around { norm: self.packed_norm(&format!("{prefix}.layer_norm1"))?, ..Around::default() };
+        let packed = packed.build_packed(&mut self.graph, format, x, around);
+        let name = format!("/{attention}/Attention");
+        let attended = GraphBuilder::output_of(&name, 0);
+        let attributes = vec![
+            ("num_heads", Attribute::Int(num_heads as i64)),
+            ("num_tokens", Attribute::Int(self.num_tokens as i64)),
+            ("scale", Attribute::Float(1.0 / (self.config.head_dim() as f32).sqrt())),
+        ];
+        self.graph.node_named(OWN, "Attention", &name, &[&packed], std::slice::from_ref(&attended), attributes);
+        let around = Around { residual: Some(x), ..Around::default() };
+        let out_proj = self.stored(&format!("{attention}.out_proj"), square)?;
+        let x = out_proj.build_packed(&mut self.graph, format, &attended, around);
+
+        let norm = self.packed_norm(&format!("{prefix}.layer_norm2"))?;
+        let around = Around { norm, activation: Some(activation), ..Around::default() };
+        let fc1 = self.stored(&format!("{prefix}.mlp.fc1"), (hidden_size, intermediate_size))?;
+        let widened = fc1.build_packed(&mut self.graph, format, &x, around);
+        let around = Around { residual: Some(&x), ..Around::default() };
+        let fc2 = self.stored(&format!("{prefix}.mlp.fc2"), (intermediate_size, hidden_size))?;
+        Ok(fc2.build_packed(&mut self.graph, format, &widened, around))
+    }
+
+    fn packed_norm(&mut self, name: &str) -> Result<Norm> {
+        let (weight, bias) = self.norm_weights(name)?;
+        Ok(Norm::Layer { weight, bias, epsilon: self.config.layer_norm_eps })
     }
 
     fn attention(&mut self, prefix: &str, x: &Value) -> Result<Value> {
@@ -96,19 +145,28 @@ impl Encoder<'_, '_> {
     }
 
     pub(crate) fn layer_norm(&mut self, name: &str, x: &Value) -> Result<Value> {
+        let (weight, bias) = self.norm_weights(name)?;
+        Ok(layer_norm(&mut self.graph, name, x, (&weight, &bias), self.config.layer_norm_eps))
+    }
+
+    fn norm_weights(&mut self, name: &str) -> Result<(Value, Value)> {
         let shape = [self.config.hidden_size];
         let (weight_name, bias_name) = (format!("{name}.weight"), format!("{name}.bias"));
         let weight = self.tensors.tensor(&weight_name, &shape)?;
         let bias = self.tensors.tensor(&bias_name, &shape)?;
         let weight = self.graph.weight(&weight_name, weight);
         let bias = self.graph.weight(&bias_name, bias);
-        Ok(layer_norm(&mut self.graph, name, x, (&weight, &bias), self.config.layer_norm_eps))
+        Ok((weight, bias))
     }
 
-    fn linear(&mut self, name: &str, (inputs, outputs): (usize, usize), x: &LinearInput) -> Result<Value> {
+    fn linear(&mut self, name: &str, features: (usize, usize), x: &LinearInput) -> Result<Value> {
+        Ok(self.stored(name, features)?.build(&mut self.graph, x))
+    }
+
+    fn stored(&self, name: &str, (inputs, outputs): (usize, usize)) -> Result<Linear<'c>> {
         let weight = self.tensors.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
         let bias = self.tensors.tensor(&format!("{name}.bias"), &[outputs])?;
-        Ok(Linear::of_tensors(name, weight, bias).build(&mut self.graph, x))
+        Ok(Linear::of_tensors(name, weight, bias))
     }
 
     fn input(&mut self, name: &str, x: &Value) -> LinearInput {

@@ -24,12 +24,14 @@ use crate::proto::{
     OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto,
     ValueInfoProto,
 };
-use crate::quantize::{BlockFormat, Encoded, Encoding};
+use crate::quantize::{BlockFormat, Encoded, Encoding, PackedFormat};
 use crate::tensor::StoredTensor;
 use crate::weight::Weight;
 
 /// Domain of ONNX Runtime's fused operators.
 pub(crate) const MICROSOFT: &str = "com.microsoft";
+/// Domain of this project's own operators, for its CPU kernels.
+pub(crate) const OWN: &str = "recaption";
 /// Initialisers up to this size stay inside the `.onnx` file, where shape inference can read them.
 const MAX_INLINE_BYTES: usize = 1024;
 
@@ -278,6 +280,20 @@ impl<'a> GraphBuilder<'a> {
         outputs
     }
 
+    /// A matrix in panel order, as [`Weight::in_panels`] has it, packed for this project's kernels: weights, corrections, scales.
+    pub(crate) fn packed_weight(&mut self, name: &str, weight: Weight<'a>, format: PackedFormat) -> [Value; 3] {
+        let spec = format.spec;
+        let head =
+            |suffix: &str, data_type, dims: Vec<usize>| TensorHead { name: format!("{name}_{suffix}"), data_type, dims };
+        let values = head("packed", DataType::I8, spec.weight_dims().to_vec());
+        let scales = head("scales", DataType::F32, spec.scale_dims().to_vec());
+        let corrections = head("corrections", DataType::I32, spec.correction_dims().to_vec());
+        let outputs = [&values, &corrections, &scales].map(|head| Value(head.name.clone()));
+        let (encoding, further) = (Encoding::Packed(format), vec![scales, corrections]);
+        self.push_initializer(values, InitializerData::Weight { weight, encoding, further });
+        outputs
+    }
+
     /// Values in the graph's float type.
     pub(crate) fn constant_float(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Value {
         self.constant_of(name, self.format.float, dims, values)
@@ -512,7 +528,7 @@ impl InitializerWriter<'_> {
         }
         let start = self.file.offset();
         let mut inline = Vec::new();
-        weight.stream(&mut |rows| {
+        let mut encode = |rows: &mut [f32]| {
             if encoding == Encoding::Float(DataType::F16) {
                 saturated.saturate(rows);
             }
@@ -525,7 +541,11 @@ impl InitializerWriter<'_> {
                 false => self.file.write_with(|block| std::mem::swap(block, &mut encoded.data))?,
             }
             Ok(())
-        })?;
+        };
+        match encoding.group_rows() {
+            None => weight.stream(&mut encode)?,
+            Some(count) => weight.stream_groups(count, &mut encode)?,
+        }
         if saturated.count > 0 {
             self.saturated.push(saturated);
         }
@@ -607,6 +627,9 @@ pub fn hex(digest: &[u8]) -> String {
 /// `graph` with the versions that go with `target`.
 fn model(target: Target, graph: GraphProto) -> ModelProto {
     let mut opset_import = vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(target.opset()) }];
+    if target == Target::Cpu {
+        opset_import.push(OperatorSetIdProto { domain: Some(OWN.to_owned()), version: Some(1) });
+    }
     if target == Target::Ort {
         opset_import.push(OperatorSetIdProto { domain: Some(MICROSOFT.to_owned()), version: Some(1) });
     }

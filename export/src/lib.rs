@@ -123,7 +123,8 @@ impl ExportOptions {
 
     /// Formats of what reads images and of what reads tokens.
     fn formats(&self) -> Result<(GraphFormat, GraphFormat)> {
-        Ok((GraphFormat::of(self, self.vision_precision())?, GraphFormat::of(self, self.precision)?))
+        let vision = GraphFormat::of(self, self.vision_precision())?.for_vision();
+        Ok((vision, GraphFormat::of(self, self.precision)?))
     }
 
     /// What the manifest says of these options; files and fingerprint come when the bundle is finished.
@@ -208,7 +209,7 @@ fn decoder_channels(
     format: GraphFormat,
 ) -> Result<DecoderChannels> {
     let has_use = match format.linear {
-        LinearFormat::Float => false,
+        LinearFormat::Float | LinearFormat::Packed { .. } => false,
         LinearFormat::Int8 { .. } => true,
         LinearFormat::Blocks(blocks) => blocks.rounding == Rounding::Search,
     };

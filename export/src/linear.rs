@@ -4,6 +4,9 @@
 //! plain concatenations: `Gemm` and `QGemm` with `transB`, `MatMulNBits` by its definition. ONNX Runtime's CPU provider runs
 //! `Gemm` as fast as `MatMul` and `QGemm` as fast as `MatMulIntegerToFloat` (measured for 1 to 640 rows).
 
+mod packed;
+
+pub(crate) use self::packed::{Around, Norm};
 use crate::channels::Channels;
 use crate::checkpoint::{Checkpoint, Part};
 use crate::error::Result;
@@ -207,6 +210,7 @@ impl<'c> Linear<'c> {
         let Self { name, weight, bias } = self;
         let bias = bias.map(|bias| float_bias(graph, &name, bias));
         match format {
+            LinearFormat::Packed { .. } => unreachable!("bug: a packed layer takes its surroundings in"),
             LinearFormat::Float => (Product { value: gemm(graph, &name, &x.x, weight, bias), name, bias: None }, None),
             LinearFormat::Blocks(blocks) => {
                 (Product { value: matmul_n_bits(graph, &name, &x.x, weight, blocks), name, bias }, None)

@@ -140,6 +140,8 @@ pub enum Target {
     Ort,
     /// Standard operators only, as TensorRT's ONNX parser takes them.
     TensorRt,
+    /// This project's own operators, for its CPU kernels.
+    Cpu,
 }
 
 impl Target {
@@ -149,6 +151,7 @@ impl Target {
         match self {
             Self::Ort => "ort",
             Self::TensorRt => "tensorrt",
+            Self::Cpu => "cpu",
         }
     }
 
@@ -157,7 +160,7 @@ impl Target {
     /// 10.0's parser takes (onnx-tensorrt 10.0-GA, docs/operators.md), and the first with `Gelu`.
     pub(crate) fn opset(self) -> i64 {
         match self {
-            Self::Ort => 23,
+            Self::Ort | Self::Cpu => 23,
             Self::TensorRt => 20,
         }
     }
@@ -165,7 +168,7 @@ impl Target {
     /// ONNX IR version that goes with the operators' version.
     pub(crate) fn ir_version(self) -> i64 {
         match self {
-            Self::Ort => 11,
+            Self::Ort | Self::Cpu => 11,
             Self::TensorRt => 9,
         }
     }
@@ -174,7 +177,7 @@ impl Target {
     /// for an output that is also an input, so there they must be two.
     #[must_use]
     pub fn updates_cache_in_place(self) -> bool {
-        self == Self::Ort
+        self != Self::TensorRt
     }
 }
 
@@ -272,7 +275,7 @@ impl PixelValues {
     /// What a vision tower of `format` takes.
     pub(crate) fn of_format(format: GraphFormat) -> Self {
         match format.linear {
-            LinearFormat::Int8 { .. } => {
+            LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => {
                 Self { dtype: DataType::U8, layout: PixelLayout::Patches { zero_point: PATCH_ZERO_POINT } }
             }
             LinearFormat::Float | LinearFormat::Blocks(_) => Self { dtype: DataType::F32, layout: PixelLayout::Nchw },

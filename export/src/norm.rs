@@ -13,7 +13,7 @@ pub(crate) fn rms_norm(graph: &mut GraphBuilder<'_>, name: &str, x: &Value, weig
             &[x, weight],
             vec![("axis", Attribute::Int(-1)), ("epsilon", Attribute::Float(epsilon))],
         ),
-        Target::TensorRt => standard_rms_norm(graph, name, x, weight, epsilon),
+        Target::TensorRt | Target::Cpu => standard_rms_norm(graph, name, x, weight, epsilon),
     }
 }
 
@@ -76,7 +76,7 @@ pub(crate) fn layer_norm(
     let node = format!("/{name}/LayerNormalization");
     let format = graph.format();
     let wide = match format.target {
-        Target::Ort => format.float,
+        Target::Ort | Target::Cpu => format.float,
         Target::TensorRt => DataType::F32,
     };
     let x = graph.cast(&format!("/{name}/to_f32"), x, format.float, wide);

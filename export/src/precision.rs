@@ -9,6 +9,8 @@ use crate::quantize::{BlockFormat, Rounding};
 
 /// Values per block of `int8-block`.
 const INT8_BLOCK: usize = 128;
+/// Values per block of `int8` with target cpu: activations and weights.
+const PACKED_BLOCK: usize = 128;
 /// Values per block of `int4`.
 const INT4_BLOCK: usize = 32;
 
@@ -40,6 +42,11 @@ pub(crate) enum LinearFormat {
     },
     /// `MatMulNBits`.
     Blocks(BlockFormat),
+    /// `recaption.QuantizedLinear`: u8 activations, s8 weights, each with a scale per block along a row, or one for the row.
+    Packed {
+        /// Values that share a scale; 0 for whole rows.
+        block: usize,
+    },
 }
 
 impl LinearFormat {
@@ -77,10 +84,25 @@ impl GraphFormat {
                 "TensorRT takes fp32, fp16 and bf16 bundles; or export with --target ort",
             ));
         }
+        if target == Target::Cpu && precision != Precision::Int8 {
+            return Err(Error::unsupported(
+                &format!("--precision {}", precision.name()),
+                "with --target cpu",
+                "this project's CPU operators take int8; or export with --target ort",
+            ));
+        }
+        if target == Target::Cpu && reduce_range {
+            let hint = "leave it out: the sums of this project's CPU operators are exact on every processor";
+            return Err(Error::unsupported("--reduce-range", "with --target cpu", hint));
+        }
         let blocks = |bits, block_size| LinearFormat::Blocks(BlockFormat { bits, block_size, scale: float, rounding });
         let int8_block = blocks(8, INT8_BLOCK);
         let (linear, head, embedding) = match precision {
             Precision::Fp32 | Precision::Fp16 | Precision::Bf16 => (LinearFormat::Float, LinearFormat::Float, float),
+            Precision::Int8 if target == Target::Cpu => {
+                let packed = LinearFormat::Packed { block: PACKED_BLOCK };
+                (packed, packed, DataType::F16)
+            }
             Precision::Int8 => {
                 let max_weight = if reduce_range { 63 } else { 127 };
                 (LinearFormat::Int8 { max_weight }, int8_block, DataType::F16)
@@ -95,12 +117,28 @@ impl GraphFormat {
 }
 
 impl GraphFormat {
+    /// The same for vision tower and projector, whose activations have few outliers: one scale for a row does.
+    pub(crate) fn for_vision(self) -> Self {
+        match self.linear {
+            LinearFormat::Packed { .. } => Self { linear: LinearFormat::Packed { block: 0 }, ..self },
+            LinearFormat::Float | LinearFormat::Int8 { .. } | LinearFormat::Blocks(_) => self,
+        }
+    }
+
+    /// Type of the KV cache's elements.
+    pub(crate) fn cache(self) -> DataType {
+        match self.target {
+            Target::Cpu => DataType::F16,
+            Target::Ort | Target::TensorRt => self.float,
+        }
+    }
+
     /// The GPU provider that a graph of this format is for: int8 has kernels on the CPU only.
     pub(crate) fn gpu_provider(self) -> Option<GpuProvider> {
         match (self.target, self.linear) {
             (Target::TensorRt, _) => Some(GpuProvider::TensorRt),
-            (Target::Ort, LinearFormat::Int8 { .. }) => None,
             (Target::Ort, LinearFormat::Float | LinearFormat::Blocks(_)) => Some(GpuProvider::Cuda),
+            (Target::Ort | Target::Cpu, _) => None,
         }
     }
 }

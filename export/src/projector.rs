@@ -5,7 +5,8 @@ use crate::checkpoint::{Checkpoint, Part};
 use crate::config::LlavaConfig;
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, GraphBuilder};
-use crate::linear::{Linear, LinearInput};
+use crate::linear::{Around, Linear, LinearInput};
+use crate::manifest::Target;
 use crate::precision::GraphFormat;
 use crate::vision_tower::BATCH_RANGE;
 
@@ -35,12 +36,19 @@ pub(crate) fn build<'c>(
     let vision_features = graph.input("vision_features", format.float, shape);
     let rows = graph.shape(&[-1, feature_size as i64]);
     let rows = graph.node("Reshape", "/Reshape", &[&vision_features, &rows], vec![]);
+    let output = graph.output("image_features", features, vec!["rows".into(), hidden_size.into()]);
+    if format.target == Target::Cpu {
+        let around = Around { activation: Some(config.projector.activation), ..Around::default() };
+        let activated = linear_1.build_packed(&mut graph, format.linear, &rows, around);
+        let around = Around { output: Some(output), ..Around::default() };
+        linear_2.build_packed(&mut graph, format.linear, &activated, around);
+        return Ok(graph);
+    }
     let rows = LinearInput::new(&mut graph, format.linear, "/linear_1", &rows);
     let widened = linear_1.build(&mut graph, &rows);
     let activated = config.projector.activation.build(&mut graph, "/act", &widened);
     let activated = LinearInput::new(&mut graph, format.linear, "/linear_2", &activated);
     let projected = linear_2.build(&mut graph, &activated);
-    let output = graph.output("image_features", features, vec!["rows".into(), hidden_size.into()]);
     let to_features = vec![("to", Attribute::Int(features as i64))];
     let (op, attributes) = if features == format.float { ("Identity", vec![]) } else { ("Cast", to_features) };
     graph.node_named("", op, "/image_features", &[&projected], &[output], attributes);

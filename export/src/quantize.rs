@@ -1,7 +1,10 @@
 //! How weights are stored: floats of any width, int8 rows, or small integers in blocks. Takes blocks of f32 rows, gives the
 //! bytes of the tensors that the operators take.
 
+use std::borrow::Cow;
 use std::thread;
+
+use recaption_kernels::{PANEL_COLUMNS, PackSpec, pack_panel};
 
 use crate::blocks;
 use crate::graph::DataType;
@@ -16,7 +19,21 @@ pub(crate) enum Encoding {
     Int8Rows { max: u8 },
     /// `MatMulNBits`: u8 `[N, blocks, block_size * bits / 8]`, a scale per block, zero points per block.
     Blocks(BlockFormat),
+    /// s8 panels with scales and corrections, for `recaption.QuantizedLinear`; takes groups of rows in panel order.
+    Packed(PackedFormat),
 }
+
+/// A matrix packed for this project's kernels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct PackedFormat {
+    pub(crate) spec: PackSpec,
+    /// What stands for zero in the activations.
+    pub(crate) zero_point: u8,
+}
+
+/// Rows that are packed at a time. Of gated weights a group is so many rows halved: the gate's, then as many of up's.
+pub(crate) const GROUP_ROWS: usize = 16 * PANEL_COLUMNS;
+
 
 /// Integers of few bits in blocks along a row, each block with a scale and, where it pays, a zero point.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,7 +82,7 @@ pub(crate) struct Encoded {
     pub(crate) data: Vec<u8>,
     /// Bytes of the scales.
     pub(crate) scales: Vec<u8>,
-    /// Bytes of the zero points.
+    /// Bytes of the zero points, or of packed weights' corrections.
     pub(crate) zero_points: Vec<u8>,
 }
 
@@ -84,6 +101,11 @@ impl Encoded {
 }
 
 impl Encoding {
+    /// Rows that have to be encoded together, where it is not one.
+    pub(crate) fn group_rows(self) -> Option<usize> {
+        matches!(self, Self::Packed(_)).then_some(GROUP_ROWS)
+    }
+
     /// Encodes whole rows of `row_size` values into `encoded`, which is emptied first; `importance` says how much an error in
     /// each of a row's values weighs. Quantisation uses all cores.
     pub(crate) fn encode(self, rows: &[f32], row_size: usize, importance: Option<&[f32]>, encoded: &mut Encoded) {
@@ -96,8 +118,47 @@ impl Encoding {
             Self::Blocks(format) => on_all_cores(rows, row_size, encoded, |rows, encoded| {
                 blocks::encode(format, rows, row_size, importance, encoded);
             }),
+            Self::Packed(format) => {
+                let panels = in_panels(format.spec.gated, rows, row_size);
+                on_all_cores(&panels, PANEL_COLUMNS * row_size, encoded, |panels, encoded| {
+                    panels.chunks_exact(PANEL_COLUMNS * row_size).for_each(|panel| encode_panel(format, panel, encoded));
+                });
+            }
         }
     }
+}
+
+/// A group of rows in the order of the panels' columns.
+fn in_panels(is_gated: bool, rows: &[f32], row_size: usize) -> Cow<'_, [f32]> {
+    if !is_gated {
+        return Cow::Borrowed(rows);
+    }
+    let (gate, up) = rows.split_at(rows.len() / 2);
+    let half = PANEL_COLUMNS / 2 * row_size;
+    let pairs = gate.chunks_exact(half).zip(up.chunks_exact(half));
+    Cow::Owned(pairs.flat_map(|(gate, up)| gate.iter().chain(up).copied()).collect())
+}
+
+/// One panel's columns, row by row as the checkpoint has them.
+fn encode_panel(PackedFormat { spec, zero_point }: PackedFormat, panel: &[f32], encoded: &mut Encoded) {
+    let block = if spec.block_scales { spec.block } else { spec.k };
+    let mut values = vec![0; panel.len()];
+    let mut scales = vec![0.0; spec.scales_per_row() * PANEL_COLUMNS];
+    for (column, (row, values)) in panel.chunks_exact(spec.k).zip(values.chunks_exact_mut(spec.k)).enumerate() {
+        for (b, (row, values)) in row.chunks(block).zip(values.chunks_mut(block)).enumerate() {
+            let scale = largest(row) / 127.0;
+            let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
+            scales[b * PANEL_COLUMNS + column] = scale;
+            values.iter_mut().zip(row).for_each(|(to, value)| *to = blocks::round(value * inverse) as i8);
+        }
+    }
+    let [_, steps, columns, each] = spec.weight_dims();
+    let mut packed = vec![0; steps * columns * each];
+    let mut corrections = vec![0; spec.num_blocks() * PANEL_COLUMNS];
+    pack_panel(&spec, zero_point, &values, &mut packed, &mut corrections);
+    encoded.data.extend(packed.into_iter().map(|value| value as u8));
+    encoded.scales.extend(scales.into_iter().flat_map(f32::to_le_bytes));
+    encoded.zero_points.extend(corrections.into_iter().flat_map(i32::to_le_bytes));
 }
 
 /// Gives each core some of the rows.

@@ -12,7 +12,7 @@ use crate::config::VisionConfig;
 use crate::encoder::{Encoder, TowerTensors};
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, Value};
-use crate::linear::q_gemm;
+use crate::linear::{Linear, q_gemm};
 use crate::manifest::Target;
 use crate::precision::{GraphFormat, LinearFormat};
 use crate::processor_config::Preprocessing;
@@ -76,13 +76,13 @@ impl<'c, 'v> Tower<'c, 'v> {
         let num_tokens = config.num_patches() as i64 + 1;
         let encoder = config.encoder();
         let heads_shape = graph.shape(&[-1, num_tokens, encoder.num_heads as i64, encoder.head_dim() as i64]);
-        Self { encoder: Encoder { graph, tensors, config: encoder, heads_shape, mask: None }, config }
+        Self { encoder: Encoder { graph, tensors, config: encoder, heads_shape, num_tokens: num_tokens as usize, mask: None }, config }
     }
 
     /// `pixel_values` to the first layer's input, `[batch * tokens, hidden]`.
     pub(crate) fn embed(&mut self, preprocessing: &Preprocessing) -> Result<Value> {
         match self.encoder.graph.format().linear {
-            LinearFormat::Int8 { max_weight } => self.patch_embeddings(preprocessing, max_weight),
+            LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => self.patch_embeddings(preprocessing),
             LinearFormat::Float | LinearFormat::Blocks(_) => self.embeddings(),
         }
     }
@@ -106,7 +106,7 @@ impl<'c, 'v> Tower<'c, 'v> {
         // Conv takes bf16 from opset 22 on.
         let conv_float = match graph.format().target {
             Target::TensorRt if float == DataType::BF16 => DataType::F32,
-            Target::TensorRt | Target::Ort => float,
+            Target::TensorRt | Target::Ort | Target::Cpu => float,
         };
         let kernel = graph.float_weight(name, Weight::stored(kernel), conv_float);
         let patch = patch_size as i64;
@@ -154,7 +154,7 @@ impl<'c, 'v> Tower<'c, 'v> {
     /// ```text
     /// pixel_values -> Reshape [rows, 3pp] -> QGemm -> Reshape [B, tokens, C] -> + class, positions, constant -> LN
     /// ```
-    fn patch_embeddings(&mut self, preprocessing: &Preprocessing, max_weight: u8) -> Result<Value> {
+    fn patch_embeddings(&mut self, preprocessing: &Preprocessing) -> Result<Value> {
         let VisionConfig { hidden_size, patch_size, .. } = *self.config;
         let (num_tokens, patch_area) = (self.config.num_patches() + 1, patch_size * patch_size);
         let channels = |value: &dyn Fn(usize) -> f32| -> Vec<f32> {
@@ -189,7 +189,12 @@ impl<'c, 'v> Tower<'c, 'v> {
         let patches = graph.node("Reshape", "/embeddings/Reshape", &[&pixels, &rows], vec![]);
         let kernel = kernel.scale_columns(&factors);
         let layer = "/embeddings/patch_embedding";
-        let embedded = q_gemm(graph, layer, &patches, PATCH_ZERO_POINT, kernel, max_weight);
+        let embedded = match graph.format().linear {
+            LinearFormat::Int8 { max_weight } => {
+                q_gemm(graph, layer, &patches, PATCH_ZERO_POINT, kernel, max_weight)
+            }
+            _ => Linear::of_weight(&layer[1..], kernel).build_of_samples(graph, &patches, PATCH_ZERO_POINT),
+        };
         let batched = graph.shape(&[-1, num_tokens as i64, hidden_size as i64]);
         let embedded = graph.node("Reshape", "/embeddings/Reshape_1", &[&embedded, &batched], vec![]);
         let dims = [num_tokens, hidden_size];

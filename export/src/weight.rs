@@ -2,7 +2,10 @@
 
 use std::rc::Rc;
 
+use recaption_kernels::PANEL_COLUMNS;
+
 use crate::error::Result;
+use crate::quantize::GROUP_ROWS;
 use crate::tensor::StoredTensor;
 
 /// A piece of a weight.
@@ -77,6 +80,58 @@ impl<'a> Weight<'a> {
         self
     }
 
+    /// Rows `first..first + count`, those behind the end being zeros.
+    fn rows(&self, first: usize, count: usize) -> Vec<WeightPart<'a>> {
+        let (mut taken, mut parts, mut start) = (0, Vec::new(), 0);
+        for part in &self.parts {
+            let (from, end) = ((first + taken).max(start), start + part.num_rows());
+            let wanted = (count - taken).min(end.saturating_sub(from));
+            if wanted > 0 {
+                parts.push(match part {
+                    WeightPart::Stored(tensor) => WeightPart::Stored(tensor.rows(from - start, wanted)),
+                    WeightPart::ZeroRows(_) => WeightPart::ZeroRows(wanted),
+                });
+                taken += wanted;
+            }
+            start = end;
+        }
+        if taken < count {
+            parts.push(WeightPart::ZeroRows(count - taken));
+        }
+        parts
+    }
+
+    /// Filled up with rows of zeros to whole panels.
+    pub(crate) fn in_panels(self) -> Self {
+        let num_rows = self.num_rows().next_multiple_of(PANEL_COLUMNS);
+        self.with_rows_of(&[(0, num_rows)])
+    }
+
+    /// The first half of the rows and the second in turns, as [`GROUP_ROWS`] has it, each filled up with rows of zeros.
+    pub(crate) fn in_gated_panels(self) -> Self {
+        let (each, turn) = (self.num_rows() / 2, GROUP_ROWS / 2);
+        let mut ranges = Vec::new();
+        for first in (0..each).step_by(turn) {
+            let count = turn.min(each - first);
+            for start in [first, each + first] {
+                ranges.push((start, count));
+                // The up rows may not follow at once where gate rows are missing.
+                ranges.push((2 * each, count.next_multiple_of(PANEL_COLUMNS / 2) - count));
+            }
+        }
+        self.with_rows_of(&ranges)
+    }
+
+    /// Rows `first..first + count` for each `(first, count)`, one after the other.
+    fn with_rows_of(self, ranges: &[(usize, usize)]) -> Self {
+        let parts = ranges.iter().filter(|range| range.1 > 0).flat_map(|&(first, count)| self.rows(first, count)).collect();
+        let row_factors = self.row_factors.as_ref().map(|factors| {
+            let factor = |row: usize| factors.get(row).copied().unwrap_or(1.0);
+            ranges.iter().flat_map(|&(first, count)| (first..first + count).map(factor)).collect()
+        });
+        Self { parts, row_factors, ..self }
+    }
+
     /// Multiplies row `i` by `factors[i]`.
     pub(crate) fn scale_rows(mut self, factors: &[f32]) -> Self {
         assert_eq!(factors.len(), self.num_rows(), "bug: row factors");
@@ -120,9 +175,13 @@ impl<'a> Weight<'a> {
             WeightPart::Stored(tensor) => Some(tensor.name()),
             WeightPart::ZeroRows(_) => None,
         });
-        let mut names: Vec<&str> = names.collect();
-        names.dedup();
-        names
+        let mut unique = Vec::new();
+        for name in names {
+            if !unique.contains(&name) {
+                unique.push(name);
+            }
+        }
+        unique
     }
 
     /// Hands blocks of whole rows to `sink`, which may change them.
@@ -148,6 +207,20 @@ impl<'a> Weight<'a> {
             WeightPart::Stored(tensor) => tensor.stream(&mut scaled),
             WeightPart::ZeroRows(count) => scaled(&mut vec![0.0; count * row_size]),
         })
+    }
+
+    /// As [`Self::stream`], `count` rows at a time; the last block may have fewer.
+    pub(crate) fn stream_groups(&self, count: usize, sink: &mut dyn FnMut(&mut [f32]) -> Result<()>) -> Result<()> {
+        let group = count * self.row_size();
+        let mut pending = Vec::new();
+        self.stream(&mut |rows| {
+            pending.extend_from_slice(rows);
+            let whole = pending.len() / group * group;
+            pending[..whole].chunks_exact_mut(group).try_for_each(&mut *sink)?;
+            pending.drain(..whole);
+            Ok(())
+        })?;
+        if pending.is_empty() { Ok(()) } else { sink(&mut pending) }
     }
 
     /// All values, for weights small enough to hold.

@@ -4,8 +4,10 @@
 //! whatever else is in the batch. Integer sums are exact; float operations are IEEE 754 ones in a fixed order (`simd` has
 //! them), and functions such as exp are polynomials of our own. Only `simd/` and `dot/` contain intrinsics.
 
+mod attention;
 mod dot;
 mod error;
+mod greedy;
 mod level;
 mod linear;
 mod math;
@@ -15,7 +17,9 @@ mod quantize;
 mod simd;
 mod workers;
 
+pub use attention::{HeadDims, Rotary, Sequence, SlotCache, attend_all, attend_cached};
 pub use error::Error;
+pub use greedy::{NO_ID, greedy_ids};
 pub use level::Level;
 pub use linear::{Activation, Epilogue, Residual, linear};
 pub use pack::{PANEL_COLUMNS, PackSpec, Packed, PackedWeights, ZERO_POINT, pack, pack_panel};

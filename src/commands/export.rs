@@ -30,6 +30,7 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         target: match args.target {
             TargetArg::Ort => Target::Ort,
             TargetArg::Tensorrt => Target::TensorRt,
+            TargetArg::Cpu => Target::Cpu,
         },
         vision_tower: args.vision_tower.clone(),
         lora: args.lora.clone(),

@@ -4,7 +4,7 @@
 //!
 //! Active captions fill slots `0..n` without gaps; [`KvCache::move_slot`] closes a gap when one ends.
 
-use recaption_export::{DataType, Dim, Manifest};
+use recaption_export::{DataType, Dim, Manifest, Target};
 
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, TensorView};
@@ -40,7 +40,13 @@ pub(crate) struct CacheShape {
     pub(crate) head_dim: usize,
     pub(crate) dtype: DataType,
     pub(crate) is_in_place: bool,
+    /// Lengths are rounded up to a multiple of this.
+    pub(crate) length_multiple: usize,
 }
+
+/// Tokens whose keys lie together in the cache of target cpu.
+const CPU_LENGTH_MULTIPLE: usize = 16;
+
 
 impl CacheShape {
     /// # Errors
@@ -54,6 +60,7 @@ impl CacheShape {
                 head_dim: *head_dim,
                 dtype,
                 is_in_place: manifest.header.target.updates_cache_in_place(),
+                length_multiple: if manifest.header.target == Target::Cpu { CPU_LENGTH_MULTIPLE } else { 1 },
             }),
             found => Err(Error::Setting {
                 reason: format!(
@@ -66,8 +73,9 @@ impl CacheShape {
 
     /// Bytes that one slot of `max_length` tokens takes.
     pub(crate) fn bytes_per_slot(self, max_length: usize) -> usize {
-        let Self { num_layers, num_kv_heads, head_dim, dtype, .. } = self;
-        let factors = [2, self.num_copies(), num_layers, num_kv_heads, max_length, head_dim, dtype.size()];
+        let Self { num_layers, num_kv_heads, head_dim, dtype, length_multiple, .. } = self;
+        let length = max_length.next_multiple_of(length_multiple);
+        let factors = [2, self.num_copies(), num_layers, num_kv_heads, length, head_dim, dtype.size()];
         factors.into_iter().fold(1, usize::saturating_mul)
     }
 
@@ -80,6 +88,7 @@ impl CacheShape {
 impl KvCache {
     /// Allocates `num_slots` slots of `max_length` tokens in the memory of the decoder's device.
     pub(crate) fn new(decoder: &Session, shape: CacheShape, num_slots: usize, max_length: usize) -> Result<Self> {
+        let max_length = max_length.next_multiple_of(shape.length_multiple);
         let num_elements = num_slots * shape.num_kv_heads * max_length * shape.head_dim;
         let buffer = || decoder.device_buffer(shape.dtype, num_elements);
         let layers = || (0..shape.num_layers).map(|_| Ok([buffer()?, buffer()?])).collect::<Result<Vec<[Buffer; 2]>>>();
@@ -135,6 +144,7 @@ impl KvCache {
     /// Copies the first `length` tokens of slot `from` into slot `to`, in the order of `stream`.
     pub(crate) fn move_slot(&mut self, stream: &Stream, from: usize, to: usize, length: usize) -> Result<()> {
         let token_bytes = self.shape.head_dim * self.shape.dtype.size();
+        let length = length.next_multiple_of(self.shape.length_multiple);
         let slot_bytes = self.slot_size() * self.shape.dtype.size();
         let rows = Rows {
             num_rows: self.shape.num_kv_heads,

@@ -149,7 +149,7 @@ fn dtype_of(graph: &GraphFile, output: &str) -> Result<DataType> {
 /// attention among them has CUDA kernels for fp16 and bf16 only (contrib_ops/cuda/bert/group_query_attention.cc).
 pub(crate) fn decoder_device(device: Device, manifest: &Manifest) -> Device {
     match (device, manifest.header.target, manifest.header.activations) {
-        (Device::Cpu, ..) => Device::Cpu,
+        (Device::Cpu, ..) | (_, Target::Cpu, _) => Device::Cpu,
         (device, Target::TensorRt, _) => device,
         (_, Target::Ort, DataType::F32) => Device::Cpu,
         (Device::Cuda(index) | Device::TensorRt(index), Target::Ort, _) => Device::Cuda(index),

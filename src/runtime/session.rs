@@ -13,6 +13,7 @@ use recaption_export::{DataType, DimRange};
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, Storage, TensorView};
 use crate::runtime::library::load_library;
+use crate::runtime::operators;
 use crate::runtime::provider::{Device, ProviderSettings};
 use crate::runtime::shape_profile::ShapeProfile;
 use crate::runtime::stream::Stream;
@@ -124,13 +125,15 @@ impl Session {
             engine_name: &name,
             shapes: is_tensorrt.then(|| ShapeProfile::new(graph, &options.dims)).transpose()?,
         };
-        let configure = || -> std::result::Result<_, ort::Error> {
+        let operators = operators::domain(options.num_threads)?;
+        let configure = move || -> std::result::Result<_, ort::Error> {
             let builder = ort::session::Session::builder(&library.environment)?;
             let builder = builder.with_intra_threads(options.num_threads).map_err(ort::Error::<()>::from)?;
             let builder = builder.with_intra_op_spinning(options.spin).map_err(ort::Error::<()>::from)?;
             // Weights beside the arena, which would round them up.
             let key = "session.use_device_allocator_for_initializers";
             let builder = builder.with_config_entry(key, "1").map_err(ort::Error::<()>::from)?;
+            let builder = builder.with_operators(operators).map_err(ort::Error::<()>::from)?;
             Ok(builder)
         };
         let builder = configure().map_err(Error::ort(doing()))?;

@@ -40,7 +40,7 @@ impl GpuProvider {
     pub fn of(target: Target, precision: Precision) -> Option<Self> {
         match (target, precision) {
             (Target::TensorRt, _) => Some(Self::TensorRt),
-            (Target::Ort, Precision::Int8) => None,
+            (Target::Cpu, _) | (Target::Ort, Precision::Int8) => None,
             (Target::Ort, _) => Some(Self::Cuda),
         }
     }

@@ -61,6 +61,10 @@ const ORT_ONLY: &[&str] = &[
     "com.microsoft.SkipSimplifiedLayerNormalization",
 ];
 
+/// This project's own.
+const OWN_ONLY: &[&str] =
+    &["recaption.Attention", "recaption.CachedAttention", "recaption.GreedyIds", "recaption.QuantizedLinear"];
+
 /// A node's operator, with its domain where it is not the standard one.
 pub(crate) fn op_name(node: &NodeProto) -> String {
     let op_type = node.op_type.as_deref().unwrap_or_default();
@@ -80,7 +84,12 @@ pub(crate) fn count_ops(nodes: &[NodeProto]) -> BTreeMap<String, usize> {
 /// # Errors
 /// [`Error::ForeignOperator`] naming the first node whose operator `target` does not have.
 pub(crate) fn check(graph: &str, nodes: &[NodeProto], target: Target) -> Result<()> {
-    let has = |op: &str| STANDARD.contains(&op) || (target == Target::Ort && ORT_ONLY.contains(&op));
+    let further = match target {
+        Target::Ort => ORT_ONLY,
+        Target::Cpu => OWN_ONLY,
+        Target::TensorRt => &[],
+    };
+    let has = |op: &str| STANDARD.contains(&op) || further.contains(&op);
     match nodes.iter().find(|node| !has(&op_name(node))) {
         None => Ok(()),
         Some(node) => Err(Error::ForeignOperator {

@@ -1,0 +1,140 @@
+//! The operators of target cpu: what the graphs of domain `recaption` compute, by the kernels of `recaption-kernels`.
+//!
+//! Each session has the domain of its own, since an operator has to know how many threads ONNX Runtime gives it. Kernels
+//! write into the outputs alone; the KV cache, past and present bound to one buffer, is such an output.
+
+mod attention;
+mod greedy_ids;
+mod quantized_linear;
+
+use std::cell::RefCell;
+
+use ort::operator::{ComputeContext, KernelContext, OperatorDomain};
+use ort::value::{PrimitiveTensorElementType, ValueRef};
+
+use recaption_kernels::{Level, Workers};
+
+use crate::error::{Error, Result};
+
+/// Name of the domain, as the exporter writes it.
+const DOMAIN: &str = "recaption";
+
+/// The operators for a session of `num_threads` threads.
+///
+/// # Errors
+/// [`Error::Setting`] when `RECAPTION_CPU` names no instruction set.
+pub(super) fn domain(num_threads: usize) -> Result<OperatorDomain> {
+    let level = Level::current()
+        .map_err(|error| Error::Setting { reason: error.to_string(), hint: "leave RECAPTION_CPU unset".to_owned() })?;
+    let machine = Machine { level, num_threads };
+    let add_all = || {
+        OperatorDomain::new(DOMAIN)?
+            .add(quantized_linear::OfRows(machine))?
+            .add(quantized_linear::OfSamples(machine))?
+            .add(attention::Attention(machine))?
+            .add(attention::CachedAttention(machine))?
+            .add(greedy_ids::GreedyIds(machine))
+    };
+    add_all().map_err(Error::ort("register the CPU operators"))
+}
+
+/// What the kernels run on.
+#[derive(Clone, Copy)]
+struct Machine {
+    level: Level,
+    num_threads: usize,
+}
+
+impl Machine {
+    fn workers(self, context: &ComputeContext) -> SessionThreads<'_> {
+        SessionThreads { context, num_threads: self.num_threads }
+    }
+}
+
+/// The session's threads, the calling one among them.
+struct SessionThreads<'c> {
+    context: &'c ComputeContext,
+    num_threads: usize,
+}
+
+// SAFETY: `ParallelFor` calls the function once for each index and returns when all calls have.
+unsafe impl Workers for SessionThreads<'_> {
+    fn num_threads(&self) -> usize {
+        self.num_threads
+    }
+
+    fn for_each(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if self.num_threads == 1 || num_tasks < 2 {
+            return (0..num_tasks).for_each(task);
+        }
+        // A batch for each task: they are large, and unequal.
+        let task = SharedTask(task);
+        self.context.par_for(num_tasks, num_tasks, |index| task.call(index)).expect("bug: a kernel without a context");
+    }
+}
+
+/// A task that threads may share, since it is [`Sync`].
+struct SharedTask<'t>(&'t (dyn Fn(usize) + Sync));
+
+// SAFETY: a shared reference to something that is `Sync`.
+unsafe impl Send for SharedTask<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedTask<'_> {}
+
+impl SharedTask<'_> {
+    fn call(&self, index: usize) {
+        (self.0)(index);
+    }
+}
+
+/// Quantised activations between a norm and its product: one for each thread that runs sessions, so that it is in the cache
+/// and does not grow with the number of layers.
+#[derive(Default)]
+struct Scratch {
+    values: Vec<u8>,
+    scales: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { values: Vec::new(), scales: Vec::new() }) };
+}
+
+/// The first `len` elements of `buffer`, which grows where it has to.
+fn first<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
+}
+
+fn refuse(reason: impl std::fmt::Display) -> ort::Error {
+    ort::Error::new(reason.to_string())
+}
+
+/// An attribute that the graph must have.
+fn attribute<'a, T: ort::operator::FromKernelContext<'a>>(kernel: &KernelContext<'a>, name: &str) -> ort::Result<T> {
+    kernel.get(name).ok_or_else(|| refuse(format!("attribute `{name}` is missing")))
+}
+
+/// An attribute that is a count.
+fn count(kernel: &KernelContext<'_>, name: &str) -> ort::Result<usize> {
+    let value: i64 = attribute(kernel, name)?;
+    usize::try_from(value).map_err(|_| refuse(format!("attribute `{name}`: {value}")))
+}
+
+/// An input that the graph must have.
+fn input<'c>(context: &'c ComputeContext, index: usize) -> ort::Result<ValueRef<'c>> {
+    context.input(index)?.ok_or_else(|| refuse(format!("input {index} is missing")))
+}
+
+/// Elements of an input.
+fn elements<'v, T: PrimitiveTensorElementType>(value: &'v ValueRef<'_>) -> ort::Result<&'v [T]> {
+    Ok(value.try_extract_tensor::<T>()?.1)
+}
+
+/// Dimensions of an input.
+fn dims<const N: usize>(value: &ValueRef<'_>) -> ort::Result<[usize; N]> {
+    let shape = value.shape();
+    let sizes: Vec<usize> = shape.iter().filter_map(|&dim| usize::try_from(dim).ok()).collect();
+    sizes.try_into().map_err(|_| refuse(format!("expected {N} dimensions, got {shape:?}")))
+}
