@@ -13,11 +13,10 @@ mod linear;
 mod math;
 mod pack;
 mod quantize;
-#[expect(dead_code, reason = "half and int8 memory are for attention, which comes next")]
 mod simd;
 mod workers;
 
-pub use attention::{HeadDims, Rotary, Sequence, SlotCache, attend_all, attend_cached};
+pub use attention::{CausalAttention, HeadDims, KEY_PANEL, Rotary, Sequence, SlotCache, attend_all};
 pub use error::Error;
 pub use greedy::{NO_ID, greedy_ids};
 pub use level::Level;

@@ -90,6 +90,18 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
+impl<T> Shared<'_, T> {
+    /// Elements `start..start + len`, to be read.
+    ///
+    /// # Safety
+    /// No part that overlaps it is alive.
+    #[inline(always)]
+    pub(crate) unsafe fn shared_part(&self, start: usize, len: usize) -> &[T] {
+        // SAFETY: by contract.
+        unsafe { self.part(start, len) }
+    }
+}
+
 /// Part `index` of `0..total` cut into `parts` nearly equal ranges.
 pub(crate) fn part_of(total: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
     let (each, rest) = (total / parts, total % parts);

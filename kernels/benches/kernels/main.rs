@@ -26,6 +26,7 @@ fn main() {
     println!("limits: int8 {:.0} GFLOP/s, f32 {:.0} GFLOP/s, read {:.1} GB/s", limits.int8, limits.f32, limits.read);
     linears(level, &pool, &limits);
     quantizes(level, &pool);
+    attentions(level, &pool, &limits);
 }
 
 /// Seconds of the best of many calls.
@@ -114,5 +115,52 @@ fn quantizes(level: Level, pool: &Pool) {
             print!(" {:.1}", seconds * 1e6);
         }
         println!();
+    }
+}
+
+fn attentions(level: Level, pool: &Pool, limits: &limits::Limits) {
+    println!("\nattention: GFLOP/s and share of the f32 limit; decoding also GB/s of the cache");
+    let decoders = [("small", 9, 3, 64), ("1b", 32, 8, 64), ("8b", 32, 8, 128)];
+    for (name, heads, kv_heads, head_dim) in decoders {
+        let dims = HeadDims { heads, kv_heads, head_dim };
+        let attention = CausalAttention { dims, rotary: None, scale: 0.1 };
+        let width = (heads + 2 * kv_heads) * head_dim;
+        for (what, batch, past, new) in
+            [("prefill", 1, 0, 228), ("prefill", 4, 0, 640), ("decode", 8, 300, 1), ("decode", 32, 300, 1)]
+        {
+            let max_len = usize::next_multiple_of(past + new, KEY_PANEL);
+            let slots: usize = batch * kv_heads * max_len * head_dim;
+            // As many caches as it takes to leave the caches of the processor, as the layers of a model do.
+            let copies = if new > 1 { 1 } else { (96_usize << 20).div_ceil(4 * slots) };
+            let mut caches = vec![(vec![half::f16::ONE; slots], vec![half::f16::ONE; slots]); copies];
+            let packed = vec![0.25; batch * new * width];
+            let mut out = vec![0.0; batch * new * heads * head_dim];
+            let sequences: Vec<_> =
+                (0..batch).map(|slot| Sequence { slot, past, new, first_row: slot * new }).collect();
+            let mut copy = 0;
+            let seconds = best(|| {
+                let (keys, values) = &mut caches[copy];
+                let cache = SlotCache { keys, values, max_len };
+                attention.run(level, pool, &packed, &sequences, cache, &mut out).expect("runs");
+                copy = (copy + 1) % copies;
+            });
+            let seen: usize = (0..new).map(|token| past + token + 1).sum();
+            let rate = (4 * batch * seen * heads * head_dim) as f64 / seconds / 1e9;
+            let read = (4 * batch * (past + new) * kv_heads * head_dim) as f64 / seconds / 1e9;
+            let read = if new > 1 { String::new() } else { format!(" {read:.1} GB/s") };
+            println!(
+                "{name:6} {what:8} {batch:2} x {:3}: {rate:.0} {:.0}%{read}",
+                past + new,
+                100.0 * rate / limits.f32
+            );
+        }
+    }
+    for (name, tokens, heads) in [("vit-b", 197, 12), ("vit-l", 577, 16)] {
+        let dims = HeadDims { heads, kv_heads: heads, head_dim: 64 };
+        let packed = vec![0.25; 4 * tokens * 3 * heads * 64];
+        let mut out = vec![0.0; 4 * tokens * heads * 64];
+        let seconds = best(|| attend_all(level, pool, dims, 0.1, &packed, 4, tokens, &mut out).expect("runs"));
+        let rate = (4 * 4 * tokens * tokens * heads * 64) as f64 / seconds / 1e9;
+        println!("{name:6} whole     4 x {tokens:3}: {rate:.0} {:.0}%", 100.0 * rate / limits.f32);
     }
 }

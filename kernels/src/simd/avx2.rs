@@ -78,15 +78,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn load_i8(self, from: &[i8; LANES]) -> F {
-        has!({
-            let v = _mm_loadu_si128(from.as_ptr().cast());
-            let high = _mm_unpackhi_epi64(v, v);
-            [_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high))]
-        })
-    }
-
-    #[inline(always)]
     fn add(self, a: F, b: F) -> F {
         has!([_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])])
     }

@@ -35,7 +35,6 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
     fn load_f16(self, from: &[f16; LANES]) -> Self::F;
     /// Rounds to nearest even.
     fn store_f16(self, v: Self::F, to: &mut [f16; LANES]);
-    fn load_i8(self, from: &[i8; LANES]) -> Self::F;
 
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;

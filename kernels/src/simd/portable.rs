@@ -59,11 +59,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn load_i8(self, from: &[i8; LANES]) -> F {
-        from.map(f32::from)
-    }
-
-    #[inline(always)]
     fn add(self, a: F, b: F) -> F {
         zip(a, b, |a, b| a + b)
     }

@@ -3,7 +3,7 @@
 use half::f16;
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType::{Float16, Float32, Int32, Int64};
-use recaption_kernels::{HeadDims, Rotary, Sequence, SlotCache, attend_all, attend_cached};
+use recaption_kernels::{CausalAttention, HeadDims, Rotary, Sequence, SlotCache, attend_all};
 
 use super::{Machine, attribute, count, dims, elements, input, refuse};
 
@@ -52,7 +52,7 @@ impl Kernel for AttentionKernel {
         let out = out.try_extract_tensor_mut::<f32>()?.1;
         let (packed, batch) = (elements(&packed)?, rows / num_tokens);
         let workers = machine.workers(context);
-        attend_all(machine.level, &workers, heads, packed, scale, batch, num_tokens, out).map_err(refuse)
+        attend_all(machine.level, &workers, heads, scale, packed, batch, num_tokens, out).map_err(refuse)
     }
 }
 
@@ -137,8 +137,8 @@ impl Kernel for CachedAttentionKernel {
         }
         let Self { machine, scale, ref sequences, .. } = *self;
         let workers = machine.workers(context);
-        attend_cached(machine.level, &workers, heads, elements(&packed)?, Some(rotary), scale, sequences, cache, out)
-            .map_err(refuse)
+        let attention = CausalAttention { dims: heads, rotary: Some(rotary), scale };
+        attention.run(machine.level, &workers, elements(&packed)?, sequences, cache, out).map_err(refuse)
     }
 }
 
