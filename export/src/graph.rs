@@ -283,8 +283,11 @@ impl<'a> GraphBuilder<'a> {
     /// A matrix in panel order, as [`Weight::in_panels`] has it, packed for this project's kernels: weights, corrections, scales.
     pub(crate) fn packed_weight(&mut self, name: &str, weight: Weight<'a>, format: PackedFormat) -> [Value; 3] {
         let spec = format.spec;
-        let head =
-            |suffix: &str, data_type, dims: Vec<usize>| TensorHead { name: format!("{name}_{suffix}"), data_type, dims };
+        let head = |suffix: &str, data_type, dims: Vec<usize>| TensorHead {
+            name: format!("{name}_{suffix}"),
+            data_type,
+            dims,
+        };
         let values = head("packed", DataType::I8, spec.weight_dims().to_vec());
         let scales = head("scales", DataType::F32, spec.scale_dims().to_vec());
         let corrections = head("corrections", DataType::I32, spec.correction_dims().to_vec());

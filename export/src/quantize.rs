@@ -34,7 +34,6 @@ pub(crate) struct PackedFormat {
 /// Rows that are packed at a time. Of gated weights a group is so many rows halved: the gate's, then as many of up's.
 pub(crate) const GROUP_ROWS: usize = 16 * PANEL_COLUMNS;
 
-
 /// Integers of few bits in blocks along a row, each block with a scale and, where it pays, a zero point.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct BlockFormat {
@@ -121,7 +120,9 @@ impl Encoding {
             Self::Packed(format) => {
                 let panels = in_panels(format.spec.gated, rows, row_size);
                 on_all_cores(&panels, PANEL_COLUMNS * row_size, encoded, |panels, encoded| {
-                    panels.chunks_exact(PANEL_COLUMNS * row_size).for_each(|panel| encode_panel(format, panel, encoded));
+                    panels
+                        .chunks_exact(PANEL_COLUMNS * row_size)
+                        .for_each(|panel| encode_panel(format, panel, encoded));
                 });
             }
         }

@@ -76,7 +76,17 @@ impl<'c, 'v> Tower<'c, 'v> {
         let num_tokens = config.num_patches() as i64 + 1;
         let encoder = config.encoder();
         let heads_shape = graph.shape(&[-1, num_tokens, encoder.num_heads as i64, encoder.head_dim() as i64]);
-        Self { encoder: Encoder { graph, tensors, config: encoder, heads_shape, num_tokens: num_tokens as usize, mask: None }, config }
+        Self {
+            encoder: Encoder {
+                graph,
+                tensors,
+                config: encoder,
+                heads_shape,
+                num_tokens: num_tokens as usize,
+                mask: None,
+            },
+            config,
+        }
     }
 
     /// `pixel_values` to the first layer's input, `[batch * tokens, hidden]`.
@@ -190,9 +200,7 @@ impl<'c, 'v> Tower<'c, 'v> {
         let kernel = kernel.scale_columns(&factors);
         let layer = "/embeddings/patch_embedding";
         let embedded = match graph.format().linear {
-            LinearFormat::Int8 { max_weight } => {
-                q_gemm(graph, layer, &patches, PATCH_ZERO_POINT, kernel, max_weight)
-            }
+            LinearFormat::Int8 { max_weight } => q_gemm(graph, layer, &patches, PATCH_ZERO_POINT, kernel, max_weight),
             _ => Linear::of_weight(&layer[1..], kernel).build_of_samples(graph, &patches, PATCH_ZERO_POINT),
         };
         let batched = graph.shape(&[-1, num_tokens as i64, hidden_size as i64]);

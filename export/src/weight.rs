@@ -124,7 +124,8 @@ impl<'a> Weight<'a> {
 
     /// Rows `first..first + count` for each `(first, count)`, one after the other.
     fn with_rows_of(self, ranges: &[(usize, usize)]) -> Self {
-        let parts = ranges.iter().filter(|range| range.1 > 0).flat_map(|&(first, count)| self.rows(first, count)).collect();
+        let parts =
+            ranges.iter().filter(|range| range.1 > 0).flat_map(|&(first, count)| self.rows(first, count)).collect();
         let row_factors = self.row_factors.as_ref().map(|factors| {
             let factor = |row: usize| factors.get(row).copied().unwrap_or(1.0);
             ranges.iter().flat_map(|&(first, count)| (first..first + count).map(factor)).collect()

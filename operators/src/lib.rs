@@ -1,10 +1,11 @@
 //! The operators of target cpu: what the graphs of domain `recaption` compute, by the kernels of `recaption-kernels`.
 //!
-//! Each session has the domain of its own, since an operator has to know how many threads ONNX Runtime gives it. Kernels
+//! As a shared library it gives the operators to other programs that run ONNX Runtime (see [`library`]). Each session has the domain of its own, since an operator has to know how many threads ONNX Runtime gives it. Kernels
 //! write into the outputs alone; the KV cache, past and present bound to one buffer, is such an output.
 
 mod attention;
 mod greedy_ids;
+pub mod library;
 mod quantized_linear;
 
 use std::cell::RefCell;
@@ -12,9 +13,8 @@ use std::cell::RefCell;
 use ort::operator::{ComputeContext, KernelContext, OperatorDomain};
 use ort::value::{PrimitiveTensorElementType, ValueRef};
 
-use recaption_kernels::{Level, Workers};
-
-use crate::error::{Error, Result};
+pub use recaption_kernels::Level;
+use recaption_kernels::Workers;
 
 /// Name of the domain, as the exporter writes it.
 const DOMAIN: &str = "recaption";
@@ -22,20 +22,15 @@ const DOMAIN: &str = "recaption";
 /// The operators for a session of `num_threads` threads.
 ///
 /// # Errors
-/// [`Error::Setting`] when `RECAPTION_CPU` names no instruction set.
-pub(super) fn domain(num_threads: usize) -> Result<OperatorDomain> {
-    let level = Level::current()
-        .map_err(|error| Error::Setting { reason: error.to_string(), hint: "leave RECAPTION_CPU unset".to_owned() })?;
+/// ONNX Runtime's.
+pub fn domain(level: Level, num_threads: usize) -> ort::Result<OperatorDomain> {
     let machine = Machine { level, num_threads };
-    let add_all = || {
-        OperatorDomain::new(DOMAIN)?
-            .add(quantized_linear::OfRows(machine))?
-            .add(quantized_linear::OfSamples(machine))?
-            .add(attention::Attention(machine))?
-            .add(attention::CachedAttention(machine))?
-            .add(greedy_ids::GreedyIds(machine))
-    };
-    add_all().map_err(Error::ort("register the CPU operators"))
+    OperatorDomain::new(DOMAIN)?
+        .add(quantized_linear::OfRows(machine))?
+        .add(quantized_linear::OfSamples(machine))?
+        .add(attention::Attention(machine))?
+        .add(attention::CachedAttention(machine))?
+        .add(greedy_ids::GreedyIds(machine))
 }
 
 /// What the kernels run on.

@@ -138,9 +138,8 @@ pub(super) fn check_machine(devices: &[Device]) -> Result<()> {
 /// [`Error::Setting`] when this processor would sum the bundle's integers wrongly.
 pub(super) fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
     let is_int8 = [manifest.header.precision, manifest.header.vision_precision].contains(&Precision::Int8);
-    let is_exact = manifest.header.reduce_range
-        || manifest.header.target == Target::Cpu
-        || host::sums_8_bit_products_exactly();
+    let is_exact =
+        manifest.header.reduce_range || manifest.header.target == Target::Cpu || host::sums_8_bit_products_exactly();
     if device != Device::Cpu || !is_int8 || is_exact {
         return Ok(());
     }

@@ -47,7 +47,6 @@ pub(crate) struct CacheShape {
 /// Tokens whose keys lie together in the cache of target cpu.
 const CPU_LENGTH_MULTIPLE: usize = 16;
 
-
 impl CacheShape {
     /// # Errors
     /// [`Error::Setting`] when the manifest's decoder has no cache inputs of the expected form.

@@ -8,7 +8,6 @@ pub(crate) mod gpu;
 pub(crate) mod host;
 pub(crate) mod library;
 pub(crate) mod matmul;
-mod operators;
 pub mod provider;
 pub(crate) mod session;
 pub(crate) mod shape_profile;

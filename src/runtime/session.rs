@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
+use ort::operator::OperatorDomain;
 use ort::session::{IoBinding, RunOptions};
 use recaption_export::{DataType, DimRange};
+use recaption_kernels::Level;
 
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, Storage, TensorView};
 use crate::runtime::library::load_library;
-use crate::runtime::operators;
 use crate::runtime::provider::{Device, ProviderSettings};
 use crate::runtime::shape_profile::ShapeProfile;
 use crate::runtime::stream::Stream;
@@ -125,7 +126,7 @@ impl Session {
             engine_name: &name,
             shapes: is_tensorrt.then(|| ShapeProfile::new(graph, &options.dims)).transpose()?,
         };
-        let operators = operators::domain(options.num_threads)?;
+        let operators = own_operators(options.num_threads)?;
         let configure = move || -> std::result::Result<_, ort::Error> {
             let builder = ort::session::Session::builder(&library.environment)?;
             let builder = builder.with_intra_threads(options.num_threads).map_err(ort::Error::<()>::from)?;
@@ -204,6 +205,15 @@ impl Session {
         let options = binding.captured_as.as_ref().expect("bug: set above");
         run(&mut self.session, &self.name, binding, options)
     }
+}
+
+/// The operators of target cpu.
+fn own_operators(num_threads: usize) -> Result<OperatorDomain> {
+    let level = Level::current().map_err(|error| Error::Setting {
+        reason: error.to_string(),
+        hint: "leave RECAPTION_CPU unset: the best instruction set of this processor is taken".to_owned(),
+    })?;
+    recaption_operators::domain(level, num_threads).map_err(Error::ort("register the CPU operators"))
 }
 
 fn run_options(device: Device, graph_id: &str) -> std::result::Result<RunOptions, ort::Error> {

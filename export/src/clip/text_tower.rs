@@ -47,7 +47,14 @@ pub(super) fn build<'c>(
     let mask = causal_mask(&mut graph, &ids_shape);
 
     let tensors = checkpoint.tower("text_model.");
-    let mut encoder = Encoder { graph, tensors: &tensors, config: text.encoder, heads_shape, num_tokens: text.context_length, mask: Some(mask) };
+    let mut encoder = Encoder {
+        graph,
+        tensors: &tensors,
+        config: text.encoder,
+        heads_shape,
+        num_tokens: text.context_length,
+        mask: Some(mask),
+    };
     for layer in 0..text.num_layers {
         hidden = encoder.layer(layer, &hidden)?;
     }

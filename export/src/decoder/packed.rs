@@ -67,13 +67,15 @@ impl Decoder<'_, '_> {
         let mut hidden = hidden.clone();
         if layer + 1 == num_layers {
             let sequences = |decoder: &mut Self, name: &str, x: &Value| {
-                let x = decoder.graph.node("Reshape", &format!("{name}/Reshape"), &[x, &decoder.sequence_shape], vec![]);
+                let x =
+                    decoder.graph.node("Reshape", &format!("{name}/Reshape"), &[x, &decoder.sequence_shape], vec![]);
                 decoder.last_rows(name, &x)
             };
             attended = sequences(self, "/last/attention", &attended);
             hidden = sequences(self, "/last/hidden", &hidden); // [B, H]
         }
-        let o_proj = self.linear(&format!("{attention}.o_proj"), (num_heads * head_dim, hidden_size), attention_bias)?;
+        let o_proj =
+            self.linear(&format!("{attention}.o_proj"), (num_heads * head_dim, hidden_size), attention_bias)?;
         let around = Around { residual: Some(&hidden), ..Around::default() };
         let hidden = o_proj.build_packed(&mut self.graph, format, &attended, around);
 
