@@ -62,8 +62,8 @@ impl Channels {
     /// `factor = rms(x)^a / rms(w)^(1 - a)`, with exponents that were found on SmolLM2-135M (see `scripts/quality`).
     fn of_stats(stats: &InputStats, format: LinearFormat) -> Self {
         let (exponent, is_searched) = match format {
-            LinearFormat::Float | LinearFormat::Packed { .. } => return Self::default(),
-            LinearFormat::Int8 { .. } => (0.5, false),
+            LinearFormat::Float => return Self::default(),
+            LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => (0.5, false),
             LinearFormat::Blocks(blocks) if blocks.bits == 8 => (0.5, false),
             LinearFormat::Blocks(_) => (0.375, true),
         };

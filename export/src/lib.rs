@@ -209,8 +209,8 @@ fn decoder_channels(
     format: GraphFormat,
 ) -> Result<DecoderChannels> {
     let has_use = match format.linear {
-        LinearFormat::Float | LinearFormat::Packed { .. } => false,
-        LinearFormat::Int8 { .. } => true,
+        LinearFormat::Float => false,
+        LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => true,
         LinearFormat::Blocks(blocks) => blocks.rounding == Rounding::Search,
     };
     let windows = match &options.calibration {

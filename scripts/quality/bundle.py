@@ -42,7 +42,8 @@ class Decoder:
 
     def start(self, batch: int, max_length: int) -> None:
         """Empty caches for `batch` sequences of up to `max_length` tokens."""
-        sizes = {"batch": batch, "max_length": max_length}
+        # The cache of target cpu holds whole panels of 16 keys.
+        sizes = {"batch": batch, "max_length": -(-max_length // 16) * 16}
         self.position = 0
         self.caches = {}
         for name, spec in self.inputs.items():

@@ -1,6 +1,7 @@
 //! The decoder of this project's own operators: five a layer.
 
 use super::{Decoder, PART};
+use crate::channels::{Channels, LayerChannels};
 use crate::checkpoint::Part;
 use crate::config::DecoderConfig;
 use crate::error::Result;
@@ -27,7 +28,7 @@ impl Decoder<'_, '_> {
             true => self.checkpoint.tensor(PART, "embed_tokens.weight", &shape)?,
             false => self.checkpoint.tensor(Part::LmHead, "weight", &shape)?,
         };
-        let norm = self.packed_norm("norm")?;
+        let norm = self.packed_norm("norm", &Channels::default())?;
         let format = self.graph.format().head;
         let logits = self.graph.output("logits", DataType::F32, vec!["batch".into(), vocab_size.into()]);
         let next_ids = self.graph.output("next_ids", DataType::I64, vec!["batch".into()]);
@@ -53,6 +54,7 @@ impl Decoder<'_, '_> {
         } = *self.config;
         let prefix = format!("layers.{layer}");
         let format = self.graph.format().linear;
+        let LayerChannels { attention_input, attention_output, mlp_input, mlp_hidden } = self.channels.layer(layer);
         let attention = format!("{prefix}.self_attn");
         let project = |decoder: &Self, name: &str, heads: usize| {
             decoder.linear(&format!("{attention}.{name}"), (hidden_size, heads * head_dim), attention_bias)
@@ -60,7 +62,8 @@ impl Decoder<'_, '_> {
         let query = project(self, "q_proj", num_heads)?;
         let (key, value) = (project(self, "k_proj", num_kv_heads)?, project(self, "v_proj", num_kv_heads)?);
         let packed = query.then(key, String::new()).then(value, format!("/{attention}.qkv_proj"));
-        let norm = self.packed_norm(&format!("{prefix}.input_layernorm"))?;
+        let packed = packed.for_input(&attention_input);
+        let norm = self.packed_norm(&format!("{prefix}.input_layernorm"), &attention_input)?;
         let around = Around { norm, ..Around::default() };
         let packed = packed.build_packed(&mut self.graph, format, hidden, around); // [T, q + k + v]
         let mut attended = self.attention.build(&mut self.graph, layer, &packed); // [T, heads * d]
@@ -77,21 +80,22 @@ impl Decoder<'_, '_> {
         let o_proj =
             self.linear(&format!("{attention}.o_proj"), (num_heads * head_dim, hidden_size), attention_bias)?;
         let around = Around { residual: Some(&hidden), ..Around::default() };
-        let hidden = o_proj.build_packed(&mut self.graph, format, &attended, around);
+        let hidden = o_proj.for_input(&attention_output).build_packed(&mut self.graph, format, &attended, around);
 
         let widened = (hidden_size, intermediate_size);
-        let gate = self.linear(&format!("{prefix}.mlp.gate_proj"), widened, mlp_bias)?;
+        let gate = self.linear(&format!("{prefix}.mlp.gate_proj"), widened, mlp_bias)?.for_input(&mlp_input);
         let up = self.linear(&format!("{prefix}.mlp.up_proj"), widened, mlp_bias)?;
-        let norm = self.packed_norm(&format!("{prefix}.post_attention_layernorm"))?;
+        let up = up.for_input(&mlp_input).with_divided_output(mlp_hidden.factors.as_deref());
+        let norm = self.packed_norm(&format!("{prefix}.post_attention_layernorm"), &mlp_input)?;
         let name = format!("/{prefix}.mlp.gate_up_proj");
         let gated = gate.build_gated(up, &mut self.graph, (format, activation), &hidden, norm, name);
         let down = self.linear(&format!("{prefix}.mlp.down_proj"), (intermediate_size, hidden_size), mlp_bias)?;
         let around = Around { residual: Some(&hidden), ..Around::default() };
-        Ok(down.build_packed(&mut self.graph, format, &gated, around))
+        Ok(down.for_input(&mlp_hidden).build_packed(&mut self.graph, format, &gated, around))
     }
 
-    fn packed_norm(&mut self, name: &str) -> Result<Norm> {
-        let weight = self.norm_weight(name, &Default::default())?;
+    fn packed_norm(&mut self, name: &str, channels: &Channels) -> Result<Norm> {
+        let weight = self.norm_weight(name, channels)?;
         Ok(Norm::Rms { weight, epsilon: self.config.rms_norm_eps })
     }
 }
