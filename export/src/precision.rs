@@ -33,6 +33,8 @@ pub(crate) struct GraphFormat {
 pub(crate) enum LinearFormat {
     /// In the graph's float type.
     Float,
+    /// FLOAT8E4M3FN activations and weights through `QuantizeLinear` and `DequantizeLinear`, each tensor with one scale.
+    Float8,
     /// u8 activations with a scale per row, s8 weights with a scale per column, exact integer sums.
     Int8 {
         /// Largest weight: 127, or 63 for processors whose u8 x s8 sums saturate.
@@ -57,7 +59,7 @@ impl GraphFormat {
         let ExportOptions { target, activations, rounding, reduce_range, .. } = *options;
         let float = match (precision, activations) {
             (Precision::Fp32 | Precision::Int8, None | Some(Precision::Fp32)) => DataType::F32,
-            (Precision::Fp16, None | Some(Precision::Fp16)) => DataType::F16,
+            (Precision::Fp16 | Precision::Fp8, None | Some(Precision::Fp16)) => DataType::F16,
             (Precision::Bf16, None | Some(Precision::Bf16)) => DataType::BF16,
             (Precision::Int8Block | Precision::Int4, None | Some(Precision::Fp32)) => DataType::F32,
             (Precision::Int8Block | Precision::Int4, Some(Precision::Fp16)) => DataType::F16,
@@ -70,17 +72,22 @@ impl GraphFormat {
                 ));
             }
         };
-        if target == Target::TensorRt && !matches!(precision, Precision::Fp32 | Precision::Fp16 | Precision::Bf16) {
-            return Err(Error::unsupported(
-                &format!("--precision {}", precision.name()),
-                "with --target tensorrt",
-                "TensorRT takes fp32, fp16 and bf16 bundles; or export with --target ort",
-            ));
+        let refusal = match (target, precision) {
+            (Target::TensorRt, Precision::Int8 | Precision::Int8Block | Precision::Int4) => {
+                Some("TensorRT takes fp32, fp16, bf16 and fp8 bundles; or export with --target ort")
+            }
+            (Target::Ort, Precision::Fp8) => Some("only TensorRT runs fp8: add --target tensorrt"),
+            _ => None,
+        };
+        if let Some(hint) = refusal {
+            let flag = format!("--precision {}", precision.name());
+            return Err(Error::unsupported(&flag, format!("with --target {}", target.name()), hint));
         }
         let blocks = |bits, block_size| LinearFormat::Blocks(BlockFormat { bits, block_size, scale: float, rounding });
         let int8_block = blocks(8, INT8_BLOCK);
         let (linear, head, embedding) = match precision {
             Precision::Fp32 | Precision::Fp16 | Precision::Bf16 => (LinearFormat::Float, LinearFormat::Float, float),
+            Precision::Fp8 => (LinearFormat::Float8, LinearFormat::Float, float),
             Precision::Int8 => {
                 let max_weight = if reduce_range { 63 } else { 127 };
                 (LinearFormat::Int8 { max_weight }, int8_block, DataType::F16)
@@ -99,7 +106,7 @@ impl GraphFormat {
     pub(crate) fn gpu_provider(self) -> Option<GpuProvider> {
         match (self.target, self.linear) {
             (Target::TensorRt, _) => Some(GpuProvider::TensorRt),
-            (Target::Ort, LinearFormat::Int8 { .. }) => None,
+            (Target::Ort, LinearFormat::Int8 { .. } | LinearFormat::Float8) => None,
             (Target::Ort, LinearFormat::Float | LinearFormat::Blocks(_)) => Some(GpuProvider::Cuda),
         }
     }
@@ -107,10 +114,11 @@ impl GraphFormat {
 
 impl Precision {
     /// The vision tower's precision beside a decoder of this one: weights of 4 bits cost the small tower more quality than
-    /// they save.
+    /// they save, and what fp8 takes of its activations was not learned.
     pub(crate) fn default_for_vision(self) -> Self {
         match self {
             Self::Int4 => Self::Int8Block,
+            Self::Fp8 => Self::Fp16,
             other => other,
         }
     }

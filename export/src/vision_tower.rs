@@ -83,7 +83,7 @@ impl<'c, 'v> Tower<'c, 'v> {
     pub(crate) fn embed(&mut self, preprocessing: &Preprocessing) -> Result<Value> {
         match self.encoder.graph.format().linear {
             LinearFormat::Int8 { max_weight } => self.patch_embeddings(preprocessing, max_weight),
-            LinearFormat::Float | LinearFormat::Blocks(_) => self.embeddings(),
+            LinearFormat::Float | LinearFormat::Float8 | LinearFormat::Blocks(_) => self.embeddings(),
         }
     }
 

@@ -19,7 +19,7 @@ use self::config::ClipConfig;
 use crate::bundle_manifest::BundleManifest;
 use crate::error::{Error, Result};
 use crate::graph::{Attribute, DataType, GraphBuilder, Value};
-use crate::manifest::{BundleKind, Source};
+use crate::manifest::{BundleKind, Precision, Source};
 use crate::output::OutputFolder;
 use crate::processor_config::{Preprocessing, processor_of};
 use crate::tokenizer_files::read_tokenizer;
@@ -35,6 +35,10 @@ pub(crate) fn export(
         if is_given {
             return Err(Error::unsupported(flag, "with a CLIP checkpoint", "it goes with LLaVA checkpoints"));
         }
+    }
+    if options.precision == Precision::Fp8 {
+        let hint = "fp8 is for LLaVA decoders; a CLIP takes --precision fp16";
+        return Err(Error::unsupported("--precision fp8", "with a CLIP checkpoint", hint));
     }
     let (vision_format, text_format) = options.formats()?;
     let output = OutputFolder::check(bundle_folder, options.overwrite)?;

@@ -127,6 +127,13 @@ pub enum Problem {
         /// The input.
         input: String,
     },
+    /// An input that must be zero is not.
+    NotZero {
+        /// The operator.
+        op: String,
+        /// The input.
+        input: String,
+    },
     /// More outputs are asked for than are supported.
     ExtraOutput {
         /// The operator.
@@ -187,6 +194,7 @@ impl fmt::Display for Problem {
             Self::UnnamedDimension { axis } => write!(formatter, "dimension {axis} is neither a number nor a name"),
             Self::NoRange { dim } => write!(formatter, "dimension `{dim}` has no range in the profile"),
             Self::NotConstant { op, input } => write!(formatter, "input `{input}` of `{op}` must be an initialiser"),
+            Self::NotZero { op, input } => write!(formatter, "input `{input}` of `{op}` must be zero"),
             Self::ExtraOutput { op } => write!(formatter, "an output of `{op}` that is not supported"),
         }
     }
