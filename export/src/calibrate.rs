@@ -325,7 +325,8 @@ mod tests {
 
     #[test]
     fn the_largest_magnitude_is_of_either_sign_and_a_nan_stays() {
-        let largest = |values: [f32; 4]| InputStats::of(&Array2::from_shape_vec((2, 2), values.to_vec()).unwrap()).largest;
+        let largest =
+            |values: [f32; 4]| InputStats::of(&Array2::from_shape_vec((2, 2), values.to_vec()).unwrap()).largest;
         assert_eq!(largest([1.0, -3.0, 2.0, 0.0]), 3.0);
         assert_eq!(largest([0.0; 4]), 0.0);
         assert_eq!(largest([1.0, 2.0, f32::NEG_INFINITY, 4.0]), f32::INFINITY);

@@ -54,10 +54,20 @@ pub(crate) fn scale(largest: f32) -> Option<f16> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::path::{Path, PathBuf};
+
     use sha2::{Digest, Sha256};
 
     use super::*;
-    use crate::graph::hex;
+    use crate::calibrate::{self, Windows};
+    use crate::checkpoint::{Checkpoint, Part};
+    use crate::config::LlavaConfig;
+    use crate::graph::{DataType, hex};
+    use crate::inspect::{GraphContents, read_model};
+    use crate::lint::check_bundle;
+    use crate::proto::TensorProto;
+    use crate::{BundleManifest, Calibration, ExportOptions, Precision, Target, export};
 
     /// `scripts/golden/make_float8.py` makes the goldens.
     fn golden() -> serde_json::Value {
@@ -118,6 +128,148 @@ mod tests {
         for small in [0.0, f32::from_bits(1), f32::MIN_POSITIVE, 2.0_f32.powi(-10)] {
             assert_eq!((from_f32(small), from_f32(-small)), (0, 0x80), "{small}");
         }
+    }
+
+    /// An exported decoder, and the bytes of each of its initialisers with its type.
+    struct Exported {
+        folder: tempfile::TempDir,
+        tensors: BTreeMap<String, (DataType, Vec<u8>)>,
+    }
+
+    impl Exported {
+        fn new(checkpoint: &Path, options: &ExportOptions) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let bundle = folder.path().join("bundle");
+            export(checkpoint, &bundle, options).unwrap();
+            let (model, _) = read_model(&bundle.join("decoder.onnx")).unwrap();
+            let data = std::fs::read(bundle.join("decoder.onnx.data")).unwrap();
+            let bytes = |tensor: &TensorProto| match &tensor.raw_data {
+                Some(bytes) => bytes.clone(),
+                None => {
+                    let number = |key: &str| -> usize {
+                        let entry = tensor.external_data.iter().find(|entry| entry.key.as_deref() == Some(key));
+                        entry.unwrap().value.as_deref().unwrap().parse().unwrap()
+                    };
+                    data[number("offset")..][..number("length")].to_vec()
+                }
+            };
+            let tensor = |tensor: &TensorProto| {
+                let data_type = DataType::from_onnx(tensor.data_type.unwrap()).unwrap();
+                (tensor.name.clone().unwrap(), (data_type, bytes(tensor)))
+            };
+            Self { tensors: model.graph.unwrap().initializer.iter().map(tensor).collect(), folder }
+        }
+
+        fn scale(&self, name: &str) -> f16 {
+            let (data_type, bytes) = &self.tensors[name];
+            assert_eq!(*data_type, DataType::F16);
+            f16::from_le_bytes(bytes.as_slice().try_into().unwrap())
+        }
+    }
+
+    fn test_checkpoint(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/checkpoints").join(name)
+    }
+
+    fn options() -> ExportOptions {
+        ExportOptions { precision: Precision::Fp8, target: Target::TensorRt, ..ExportOptions::default() }
+    }
+
+    #[test]
+    fn activations_have_the_scales_that_calibration_saw_and_weights_their_own() {
+        let values = positive_values();
+        for name in ["published-f16", "biases-bf16", "head24-llama3-rope-bf16"] {
+            let folder = test_checkpoint(name);
+            let exported = Exported::new(&folder, &options());
+            let checkpoint = Checkpoint::open(&folder, None, None).unwrap();
+            let config = LlavaConfig::read(&checkpoint).unwrap().decoder;
+            let stats = calibrate::run(&checkpoint, &config, &Windows::random(&config), &|| Ok(())).unwrap();
+            for (layer, stats) in stats.iter().enumerate() {
+                let sites = [
+                    ("self_attn.qkv_proj", &stats.attention_input),
+                    ("self_attn.o_proj", &stats.attention_output),
+                    ("mlp", &stats.mlp_input),
+                    ("mlp.down_proj", &stats.mlp_hidden),
+                ];
+                for (site, stats) in sites {
+                    let scale = exported.scale(&format!("layers.{layer}.{site}.input_scale"));
+                    assert_eq!(scale, f16::from_f32(stats.largest / MAX), "{name} layer {layer} {site}");
+                    assert!(stats.largest.powi(2) >= stats.mean_square.iter().copied().fold(0.0, f32::max));
+                }
+                let (hidden, wide) = (config.hidden_size, config.intermediate_size);
+                for (site, shape) in
+                    [("gate_proj", [wide, hidden]), ("up_proj", [wide, hidden]), ("down_proj", [hidden, wide])]
+                {
+                    let site = format!("layers.{layer}.mlp.{site}.weight");
+                    let stored = checkpoint.tensor(Part::Decoder, &site, &shape).unwrap().read_f32().unwrap();
+                    let scale = exported.scale(&format!("{site}_scale"));
+                    let largest = stored.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+                    assert_eq!(scale, f16::from_f32(largest / MAX).max(f16::MIN_POSITIVE), "{name} {site}");
+                    let (data_type, codes) = &exported.tensors[&format!("{site}_quantized")];
+                    assert_eq!((*data_type, codes.len()), (DataType::F8E4M3, stored.len()));
+                    for (code, value) in codes.iter().zip(&stored) {
+                        let magnitude = values[usize::from(code & 0x7f)] * scale.to_f32();
+                        let found = if code & 0x80 == 0 { magnitude } else { -magnitude };
+                        // Half a step: of 8 to a power of two, or of 2^-9.
+                        let most = (value.abs() / 16.0).max(scale.to_f32() * 2.0_f32.powi(-10));
+                        assert!((found - value).abs() <= 1.001 * most, "{name} {site}: {found}, expected {value}");
+                    }
+                }
+            }
+            let (data_type, _) = &exported.tensors["embed_tokens.weight"];
+            assert_eq!(*data_type, DataType::F16);
+        }
+    }
+
+    #[test]
+    fn a_bundle_is_as_the_lint_and_its_manifest_say() {
+        let exported = Exported::new(&test_checkpoint("published-f16"), &options());
+        let bundle = exported.folder.path().join("bundle");
+        let manifest = BundleManifest::read(&bundle).unwrap();
+        let header = manifest.header();
+        assert_eq!((header.precision, header.vision_precision), (Precision::Fp8, Precision::Fp16));
+        assert_eq!(header.activations, DataType::F16);
+        assert_eq!(check_bundle(&bundle, &manifest).unwrap(), []);
+        for (name, graph) in manifest.named_graphs() {
+            let contents = GraphContents::read(&bundle, &manifest, graph).unwrap();
+            let is_decoder = name == "decoder";
+            assert_eq!(contents.weight_bytes.contains_key("f8e4m3"), is_decoder, "{name}");
+            assert_eq!(contents.ops.contains_key("QuantizeLinear"), is_decoder, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_with_fp8_is_refused_with_a_hint() {
+        let refusal = |options: &ExportOptions, checkpoint: &Path| {
+            let folder = tempfile::tempdir().unwrap();
+            let error = export(checkpoint, &folder.path().join("bundle"), options).expect_err("refused");
+            assert!(error.hint().is_some() && std::fs::read_dir(folder.path()).unwrap().next().is_none());
+            error.to_string()
+        };
+        let checkpoint = test_checkpoint("published-f16");
+        let clip = test_checkpoint("../clip/gelu-f16");
+        let with = |change: &dyn Fn(&mut ExportOptions)| {
+            let mut options = options();
+            change(&mut options);
+            refusal(&options, &checkpoint)
+        };
+        assert_eq!(
+            with(&|options| options.target = Target::Ort),
+            "--precision fp8 is not supported: with --target ort"
+        );
+        assert_eq!(
+            with(&|options| options.calibration = Calibration::None),
+            "--calibration none is not supported: with --precision fp8"
+        );
+        assert_eq!(
+            with(&|options| options.vision_precision = Some(Precision::Fp8)),
+            "--vision-precision fp8 is not supported: for a vision tower"
+        );
+        assert_eq!(
+            with(&|options| options.activations = Some(Precision::Fp32)),
+            "--activations fp32 is not supported: with --precision fp8"
+        );
+        assert_eq!(refusal(&options(), &clip), "--precision fp8 is not supported: with a CLIP checkpoint");
     }
 
     #[test]

@@ -57,8 +57,7 @@ pub enum DataType {
 }
 
 impl DataType {
-    const ALL: [Self; 8] =
-        [Self::F32, Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::BF16, Self::F8E4M3];
+    const ALL: [Self; 8] = [Self::F32, Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::BF16, Self::F8E4M3];
 
     /// The type of ONNX's number `code`, if graphs here use it.
     pub(crate) fn from_onnx(code: i32) -> Option<Self> {

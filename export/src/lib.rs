@@ -132,7 +132,8 @@ impl ExportOptions {
             let hint = "the scales of fp8 activations are learned: leave --calibration out, or give a text file";
             return Err(Error::unsupported("--calibration none", "with --precision fp8", hint));
         }
-        Ok((GraphFormat::of(self, self.vision_precision())?, GraphFormat::of(self, self.precision)?))
+        let text = GraphFormat::of(self, self.precision)?;
+        Ok((GraphFormat::of(self, self.vision_precision())?, text))
     }
 
     /// What the manifest says of these options; files and fingerprint come when the bundle is finished.

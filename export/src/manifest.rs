@@ -279,7 +279,9 @@ impl PixelValues {
             LinearFormat::Int8 { .. } => {
                 Self { dtype: DataType::U8, layout: PixelLayout::Patches { zero_point: PATCH_ZERO_POINT } }
             }
-            LinearFormat::Float | LinearFormat::Float8 | LinearFormat::Blocks(_) => Self { dtype: DataType::F32, layout: PixelLayout::Nchw },
+            LinearFormat::Float | LinearFormat::Float8 | LinearFormat::Blocks(_) => {
+                Self { dtype: DataType::F32, layout: PixelLayout::Nchw }
+            }
         }
     }
 }

@@ -67,8 +67,11 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
                     Err(error) => reasons.push(format!("no {}: {error}", title(first))),
                 }
             }
-            // Whatever CUDA lacks, TensorRT lacks as well.
-            let reason = reasons.pop();
+            // Whatever CUDA lacks, TensorRT lacks as well; but fp8 is for TensorRT alone.
+            let reason = match manifest.header.precision {
+                Precision::Fp8 => reasons.into_iter().next(),
+                _ => reasons.pop(),
+            };
             check_all(&[Device::Cpu], manifest).map_err(|error| match (error, &reason) {
                 (Error::Setting { reason: cpu, hint }, Some(gpu)) => {
                     Error::Setting { reason: format!("{cpu}; {gpu}"), hint }
@@ -115,7 +118,32 @@ fn check_all(devices: &[Device], manifest: &Manifest) -> Result<()> {
         check_device(device, manifest)?;
         check_cpu(device, manifest)?;
     }
-    check_machine(devices)
+    check_machine(devices)?;
+    devices.iter().try_for_each(|&device| check_gpu(device, manifest))
+}
+
+/// The first compute capability with fp8 products: Ada; Hopper is 9.0.
+const FP8_CAPABILITY: (i32, i32) = (8, 9);
+
+/// # Errors
+/// [`Error::Setting`] when the GPU, which CUDA must see, cannot multiply in the bundle's precision.
+pub(super) fn check_gpu(device: Device, manifest: &Manifest) -> Result<()> {
+    match (device.gpu_index(), manifest.header.precision) {
+        (Some(index), Precision::Fp8) => check_fp8(index, runtime::compute_capability(index)?),
+        _ => Ok(()),
+    }
+}
+
+fn check_fp8(index: i32, (major, minor): (i32, i32)) -> Result<()> {
+    if (major, minor) >= FP8_CAPABILITY {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        reason: format!(
+            "fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper); GPU {index} has {major}.{minor}"
+        ),
+        hint: "export with --precision fp16 --target tensorrt".to_owned(),
+    })
 }
 
 /// Whether this machine has what `devices`, all of one kind, need: libraries, versions, driver, the GPUs themselves, and the
@@ -146,4 +174,20 @@ pub(super) fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
         reason: "this processor has no VNNI: ONNX Runtime's sums of 8-bit products would overflow".to_owned(),
         hint: "export again with --reduce-range (7-bit weights), or with --precision int8-block".to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fp8_wants_an_ada_or_later() {
+        for capability in [(8, 9), (9, 0), (10, 0), (12, 1)] {
+            check_fp8(0, capability).unwrap();
+        }
+        for (capability, text) in [((8, 6), "GPU 1 has 8.6"), ((7, 5), "GPU 1 has 7.5")] {
+            let error = check_fp8(1, capability).unwrap_err();
+            assert!(error.to_string().contains(text) && error.hint().is_some(), "{error}");
+        }
+    }
 }

@@ -160,10 +160,17 @@ pub(crate) fn decoder_device(device: Device, manifest: &Manifest) -> Device {
 /// [`Error::Setting`] when `device` has no kernels for the bundle's precision.
 pub(crate) fn check_device(device: Device, manifest: &Manifest) -> Result<()> {
     let precisions = [manifest.header.precision, manifest.header.vision_precision];
-    let is_cpu = device == Device::Cpu;
-    let refused = precisions.into_iter().find_map(|precision| match (precision, is_cpu) {
-        (Precision::Bf16, true) => Some((precision, "use --provider cuda, or export with --precision fp32 or int8")),
-        (Precision::Int8, false) => Some((precision, "use --provider cpu, or export with --precision fp16 or int4")),
+    let refused = precisions.into_iter().find_map(|precision| match (precision, device) {
+        (Precision::Bf16, Device::Cpu) => {
+            Some((precision, "use --provider cuda, or export with --precision fp32 or int8"))
+        }
+        (Precision::Int8, Device::Cuda(_) | Device::TensorRt(_)) => {
+            Some((precision, "use --provider cpu, or export with --precision fp16 or int4"))
+        }
+        // It has the conversions, but multiplies in fp16, with the weights made anew in each run.
+        (Precision::Fp8, Device::Cuda(_)) => {
+            Some((precision, "use --provider tensorrt, or export with --precision fp16"))
+        }
         _ => None,
     });
     match refused {
