@@ -1,8 +1,8 @@
 """Writes what ml_dtypes makes of FLOAT8E4M3FN: the reference of the exporter's conversion.
 
-`values` are the numbers of all 256 codes, by their f32 bits (the two NaN as null). `sha256` is that of one code
-for each of the 65536 patterns of fp16, in order; those beyond 448 are brought to it first, infinities too, as
-ONNX's QuantizeLinear does with `saturate`.
+`values` are the numbers of all 256 codes, by their f32 bits (the two NaN as null). `sha256` is that of one
+code for each of the 65536 patterns of fp16, in order; those beyond 448 are brought to it first, infinities
+too, as ONNX's QuantizeLinear does with `saturate`.
 
     python scripts/golden/make_float8.py
 """
