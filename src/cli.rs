@@ -200,7 +200,7 @@ pub enum RoundingArg {
 /// Targets that export writes for.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum TargetArg {
-    /// ONNX Runtime's CPU and CUDA providers, with its fused operators
+    /// ONNX Runtime's CPU and CUDA providers, with its fused operators in the decoder
     Ort,
     /// Standard operators only, as TensorRT takes them
     Tensorrt,

@@ -419,7 +419,10 @@ impl<'a> GraphBuilder<'a> {
     /// # Errors
     /// [`Error::UnfitForGpu`] with the first finding that is no exception, where the graph is for a GPU.
     fn check_for_gpu(&self) -> Result<()> {
-        let Some(provider) = self.format.gpu_provider() else { return Ok(()) };
+        let providers = self.format.gpu_providers();
+        if providers.is_empty() {
+            return Ok(());
+        }
         let further = |data: &InitializerData<'a>| match data {
             InitializerData::Bytes(_) => vec![],
             InitializerData::Weight { further, .. } => further.iter().map(TensorHead::proto).collect(),
@@ -432,7 +435,8 @@ impl<'a> GraphBuilder<'a> {
             input: self.inputs.iter().map(value_info).collect(),
             output: self.outputs.iter().map(value_info).collect(),
         };
-        let findings = lint::check(provider, self.name, &model(self.format.target, graph), &self.profile);
+        let model = model(self.format.target, graph);
+        let findings = providers.iter().flat_map(|provider| lint::check(*provider, self.name, &model, &self.profile));
         match findings.into_iter().find(|finding| finding.exception().is_none()) {
             None => Ok(()),
             Some(finding) => Err(Error::UnfitForGpu(finding)),

@@ -133,7 +133,7 @@ impl ExportOptions {
             return Err(Error::unsupported("--calibration none", "with --precision fp8", hint));
         }
         let text = GraphFormat::of(self, self.precision)?;
-        Ok((GraphFormat::of(self, self.vision_precision())?, text))
+        Ok((GraphFormat::of_vision(self, self.vision_precision())?, text))
     }
 
     /// What the manifest says of these options; files and fingerprint come when the bundle is finished.

@@ -140,7 +140,8 @@ impl Precision {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
-    /// ONNX Runtime's fused operators, for its CPU and CUDA providers.
+    /// ONNX Runtime's fused operators, for its CPU and CUDA providers; what reads images is of standard operators all the same
+    /// where its weights are floats.
     Ort,
     /// Standard operators only, as TensorRT's ONNX parser takes them.
     TensorRt,

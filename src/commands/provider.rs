@@ -1,7 +1,7 @@
 //! What `--provider` and `--device` mean on this machine: exactly what was asked for or an error, and for `auto` the best
 //! that works, with the reason. Shared by `run` and `doctor`.
 
-use recaption_export::{Manifest, Precision, Target, lint};
+use recaption_export::{Manifest, Precision, lint};
 
 use crate::error::{Error, Result};
 use crate::pipeline::vision::{check_device, decoder_device};
@@ -87,13 +87,8 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
 
 /// Why `auto` leaves out a device that would work.
 fn why_not(device: Device, manifest: &Manifest) -> Option<String> {
-    if check_device(device, manifest).is_err() {
-        return Some(format!("{} does not run {} bundles", title(device), manifest.header.precision.name()));
-    }
-    if matches!(device, Device::TensorRt(_)) && manifest.header.target != Target::TensorRt {
-        return Some(
-            "TensorRT is for bundles of --target tensorrt: it does not take ONNX Runtime's operators".to_owned(),
-        );
+    if let Err(error) = check_device(device, manifest) {
+        return Some(error.to_string());
     }
     let reason = cuda_exception(manifest).filter(|_| decoder_device(device, manifest) == Device::Cpu);
     reason.map(|reason| format!("{reason}; --provider cuda runs the vision tower on the GPU"))

@@ -173,7 +173,15 @@ pub(crate) fn check_device(device: Device, manifest: &Manifest) -> Result<()> {
         }
         _ => None,
     });
+    let vision = manifest.header.vision_precision;
     match refused {
+        // Its parser knows no blocks of integers; the decoder, if it has them, is CUDA's.
+        None if matches!(device, Device::TensorRt(_)) && matches!(vision, Precision::Int8Block | Precision::Int4) => {
+            Err(Error::Setting {
+                reason: format!("provider {} does not run {} vision towers", device.name(), vision.name()),
+                hint: "use --provider cuda, or export with --vision-precision fp16".to_owned(),
+            })
+        }
         None => Ok(()),
         Some((precision, hint)) => Err(Error::Setting {
             reason: format!("provider {} does not run {} bundles", device.name(), precision.name()),

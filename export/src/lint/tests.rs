@@ -2,6 +2,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
+use prost::Message;
+
 use super::*;
 use crate::graph::{Attribute, DataType, GraphBuilder, MICROSOFT};
 use crate::precision::GraphFormat;
@@ -90,6 +92,29 @@ fn a_clip_for_a_gpu_runs_on_it_whole() {
             let what = format!("{name} {} {}", options.target.name(), options.precision.name());
             assert_eq!(found, [], "{what}");
         }
+    }
+}
+
+/// A vision tower of floats goes to TensorRT beside a decoder on CUDA.
+#[test]
+fn vision_graphs_of_ort_bundles_are_checked_against_tensorrt_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = folder.path().join("bundle");
+    let options = ExportOptions { precision: Precision::Fp16, ..ExportOptions::default() };
+    let manifest = export(&test_data(CHECKPOINTS[0]), &bundle, &options).unwrap();
+    for (graph, expected) in [("vision_tower.onnx", &[GpuProvider::TensorRt][..]), ("decoder.onnx", &[])] {
+        let path = bundle.join(graph);
+        let (mut model, _) = read_model(&path).unwrap();
+        // CUDA has a kernel for it; TensorRT's table does not know it.
+        let last = model.graph.as_mut().unwrap().node.iter_mut().rfind(|node| op_name(node) == "Add");
+        if let Some(node) = last {
+            node.op_type = Some("Abs".to_owned());
+            node.input.truncate(1);
+        }
+        std::fs::write(&path, model.encode_to_vec()).unwrap();
+        let found = check_bundle(&bundle, &manifest).unwrap();
+        let of_graph = found.iter().filter(|finding| finding.graph == graph);
+        assert_eq!(of_graph.map(|finding| finding.provider).collect::<Vec<_>>(), expected, "{graph}");
     }
 }
 
