@@ -419,7 +419,7 @@ pub enum ProviderArg {
     Cpu,
     /// CUDA
     Cuda,
-    /// TensorRT for vision
+    /// TensorRT for vision, and for decoders of --target tensorrt; CUDA for the others
     Tensorrt,
 }
 

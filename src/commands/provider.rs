@@ -173,7 +173,47 @@ pub(super) fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use recaption_export::{BundleManifest, ExportOptions, Target, export};
+
     use super::*;
+
+    fn manifest(options: &ExportOptions) -> Manifest {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/checkpoints/published-f16");
+        match export(checkpoint.as_ref(), &folder.path().join("bundle"), options).unwrap() {
+            BundleManifest::Llava(manifest) => *manifest,
+            BundleManifest::Clip(_) => unreachable!("a captioner"),
+        }
+    }
+
+    /// What `auto` has against TensorRT and CUDA, and where the decoder goes when TensorRT has the vision tower.
+    #[test]
+    fn auto_wants_vision_on_tensorrt_and_the_decoder_where_it_has_kernels() {
+        let (trt, cuda) = (Device::TensorRt(1), Device::Cuda(1));
+        let of = |precision| ExportOptions { precision, ..ExportOptions::default() };
+        let standard = |precision| ExportOptions { target: Target::TensorRt, ..of(precision) };
+        let half = ExportOptions { activations: Some(Precision::Fp16), ..of(Precision::Int4) };
+        let half_vision = ExportOptions { vision_precision: Some(Precision::Fp16), ..half.clone() };
+        let blocks = "provider tensorrt does not run int8-block vision towers";
+        let no_fp8 = "provider cuda does not run fp8 bundles";
+        let cases = [
+            (of(Precision::Fp16), None, None, cuda),
+            (of(Precision::Bf16), None, None, cuda),
+            (half, Some(blocks), None, cuda),
+            (half_vision, None, None, cuda),
+            (standard(Precision::Fp16), None, None, trt),
+            (standard(Precision::Fp8), None, Some(no_fp8), trt),
+        ];
+        for (options, on_tensorrt, on_cuda, decoder) in cases {
+            let manifest = manifest(&options);
+            assert_eq!(why_not(trt, &manifest).as_deref(), on_tensorrt, "{options:?}");
+            assert_eq!(why_not(cuda, &manifest).as_deref(), on_cuda, "{options:?}");
+            assert_eq!(decoder_device(trt, &manifest), decoder, "{options:?}");
+        }
+        let exact = manifest(&of(Precision::Fp32));
+        assert_eq!(decoder_device(trt, &exact), Device::Cpu);
+        assert!(why_not(trt, &exact).is_some_and(|reason| reason.contains("f16 and bf16 only")));
+    }
 
     #[test]
     fn fp8_wants_an_ada_or_later() {

@@ -212,6 +212,9 @@ impl BundleReport {
                         let reason = provider::cuda_exception(manifest).unwrap_or_default();
                         Found::Yes(format!("runs its vision tower; the decoder runs on the CPU ({reason})"))
                     }
+                    Ok(()) if decoder_device(device, manifest) != device => {
+                        Found::Yes("runs its vision tower; the decoder runs on CUDA".to_owned())
+                    }
                     Ok(()) => Found::Yes("runs".to_owned()),
                 },
             },
