@@ -85,10 +85,10 @@ pub struct ExportArgs {
     /// Precision of the weights of decoder and vision tower
     ///
     /// On a CPU int8 is the fastest and fp32 the most exact; on a GPU fp16. int8-block and int4 are small: 1 and a bit more
-    /// than half a byte per weight. With --target tensorrt: fp32, fp16 or bf16. Example: --precision int8
+    /// than half a byte per weight. With --target tensorrt: fp32, fp16, bf16 or fp8. Example: --precision int8
     #[arg(long, value_enum, default_value_t = PrecisionArg::Fp32)]
     pub precision: PrecisionArg,
-    /// Precision of vision tower and projector, where it is to differ from --precision [default: the same; int8-block for int4]
+    /// Precision of vision tower and projector, where it is to differ from --precision [default: the same; int8-block for int4, fp16 for fp8]
     ///
     /// Example: --precision int4 --vision-precision int8
     #[arg(long, value_enum, value_name = "PRECISION")]
@@ -103,10 +103,11 @@ pub struct ExportArgs {
     /// Example: --rounding nearest
     #[arg(long, value_enum, default_value_t = RoundingArg::Search)]
     pub rounding: RoundingArg,
-    /// What int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file
+    /// What fp8, int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file
     ///
     /// The decoder is run over the first 512 tokens, one layer at a time, and channels with a wide range are evened out in the
-    /// weights (SmoothQuant). int4 learns nothing from random ids. Example: --precision int8 --calibration my-captions.txt
+    /// weights (SmoothQuant). int4 learns nothing from random ids. fp8 takes the largest values as the end of its range, and
+    /// cannot do without. Example: --precision int8 --calibration my-captions.txt
     #[arg(long, value_name = "captions|random|none|FILE", default_value = "captions")]
     pub calibration: String,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI
@@ -154,6 +155,8 @@ pub enum PrecisionArg {
     Fp16,
     /// 16-bit floats of wide range, for GPUs
     Bf16,
+    /// 8-bit floats in the decoder, for TensorRT on GPUs from Ada and Hopper on
+    Fp8,
     /// 8-bit integers with a scale per row of activations, for CPUs
     Int8,
     /// 8-bit weights in blocks of 128
@@ -168,6 +171,7 @@ impl From<PrecisionArg> for Precision {
             PrecisionArg::Fp32 => Self::Fp32,
             PrecisionArg::Fp16 => Self::Fp16,
             PrecisionArg::Bf16 => Self::Bf16,
+            PrecisionArg::Fp8 => Self::Fp8,
             PrecisionArg::Int8 => Self::Int8,
             PrecisionArg::Int8Block => Self::Int8Block,
             PrecisionArg::Int4 => Self::Int4,
@@ -196,7 +200,7 @@ pub enum RoundingArg {
 /// Targets that export writes for.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum TargetArg {
-    /// ONNX Runtime's CPU and CUDA providers, with its fused operators
+    /// ONNX Runtime's CPU and CUDA providers, with its fused operators in the decoder
     Ort,
     /// Standard operators only, as TensorRT takes them
     Tensorrt,
@@ -417,7 +421,7 @@ pub enum ProviderArg {
     Cpu,
     /// CUDA
     Cuda,
-    /// TensorRT for vision
+    /// TensorRT for vision, and for decoders of --target tensorrt; CUDA for the others
     Tensorrt,
 }
 

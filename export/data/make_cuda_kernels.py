@@ -18,10 +18,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 OPSETS = range(20, 24)
 """Versions of the standard operators that exported graphs import (20 and 23), and those between."""
 
-NAMES = """Abs Add And ArgMax Cast Concat Conv Div Equal Expand Gather GatherND Gelu Gemm GreaterOrEqual
-Identity LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul QuantizeLinear RMSNormalization
-Range ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Sqrt Sub Transpose Unsqueeze
-Where""".split()
+NAMES = """Abs Add And ArgMax Cast Concat Conv DequantizeLinear Div Equal Expand Gather GatherND Gelu Gemm
+GreaterOrEqual Identity LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul QuantizeLinear
+RMSNormalization Range ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Sqrt Sub
+Transpose Unsqueeze Where""".split()
 
 MICROSOFT_NAMES = """FusedMatMul GroupQueryAttention MatMulNBits QGemm QuickGelu
 SkipSimplifiedLayerNormalization""".split()

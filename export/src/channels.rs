@@ -6,7 +6,11 @@
 
 use std::rc::Rc;
 
+use half::f16;
+
 use crate::calibrate::{InputStats, LayerStats};
+use crate::error::{Error, Result};
+use crate::float8;
 use crate::precision::{GraphFormat, LinearFormat};
 
 /// Channels and columns smaller than this share of the largest count as so large: their factors would be without meaning.
@@ -19,6 +23,8 @@ pub(crate) struct Channels {
     pub(crate) factors: Option<Rc<[f32]>>,
     /// How much a rounding error of each weight column weighs.
     pub(crate) importance: Option<Rc<[f32]>>,
+    /// What brings the largest value seen to the end of fp8, in that format.
+    pub(crate) float8_scale: Option<f16>,
 }
 
 /// The activations of one decoder layer.
@@ -43,14 +49,19 @@ pub(crate) struct DecoderChannels {
 
 impl DecoderChannels {
     /// What `format` makes of the statistics.
-    pub(crate) fn of_stats(stats: &[LayerStats], format: GraphFormat) -> Self {
-        let layer = |layer: &LayerStats| LayerChannels {
-            attention_input: Channels::of_stats(&layer.attention_input, format.attention_input),
-            attention_output: Channels::undivided(&layer.attention_output, format.linear),
-            mlp_input: Channels::of_stats(&layer.mlp_input, format.linear),
-            mlp_hidden: Channels::of_stats(&layer.mlp_hidden, format.linear),
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for activations that are NaN or leave fp16's range, where they are to become fp8.
+    pub(crate) fn of_stats(stats: &[LayerStats], format: GraphFormat) -> Result<Self> {
+        let layer = |layer: &LayerStats| {
+            Ok(LayerChannels {
+                attention_input: Channels::of_stats(&layer.attention_input, format.attention_input)?,
+                attention_output: Channels::undivided(&layer.attention_output, format.linear)?,
+                mlp_input: Channels::of_stats(&layer.mlp_input, format.linear)?,
+                mlp_hidden: Channels::of_stats(&layer.mlp_hidden, format.linear)?,
+            })
         };
-        Self { layers: stats.iter().map(layer).collect() }
+        Ok(Self { layers: stats.iter().map(layer).collect::<Result<_>>()? })
     }
 
     pub(crate) fn layer(&self, layer: usize) -> LayerChannels {
@@ -60,9 +71,10 @@ impl DecoderChannels {
 
 impl Channels {
     /// `factor = rms(x)^a / rms(w)^(1 - a)`, with exponents that were found on SmolLM2-135M (see `scripts/quality`).
-    fn of_stats(stats: &InputStats, format: LinearFormat) -> Self {
+    fn of_stats(stats: &InputStats, format: LinearFormat) -> Result<Self> {
         let (exponent, is_searched) = match format {
-            LinearFormat::Float => return Self::default(),
+            LinearFormat::Float => return Ok(Self::default()),
+            LinearFormat::Float8 => return Self::of_float8(stats),
             LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => (0.5, false),
             LinearFormat::Blocks(blocks) if blocks.bits == 8 => (0.5, false),
             LinearFormat::Blocks(_) => (0.375, true),
@@ -70,14 +82,24 @@ impl Channels {
         let rms = lifted(&stats.mean_square.iter().map(|square| square.sqrt()).collect::<Vec<_>>());
         let factors = factors(&rms, &stats.weight_rms, exponent);
         let importance = rms.iter().zip(&factors).map(|(rms, factor)| (rms / factor).powi(2)).collect();
-        Self { factors: Some(factors.into()), importance: is_searched.then_some(importance) }
+        let importance = is_searched.then_some(importance);
+        Ok(Self { factors: Some(factors.into()), importance, float8_scale: None })
+    }
+
+    /// The whole range that was seen, and no factors: these floats have the same digits for large and small channels.
+    fn of_float8(stats: &InputStats) -> Result<Self> {
+        let scale = float8::scale(stats.largest).ok_or_else(|| {
+            let found = format!("activations up to {:e}, which fp16 does not have", stats.largest);
+            Error::unsupported("--precision fp8", found, "export with --precision bf16")
+        })?;
+        Ok(Self { float8_scale: Some(scale), ..Self::default() })
     }
 
     /// Without factors, for an activation that nothing can divide before it is made.
-    fn undivided(stats: &InputStats, format: LinearFormat) -> Self {
-        let Self { importance, .. } = Self::of_stats(stats, format);
+    fn undivided(stats: &InputStats, format: LinearFormat) -> Result<Self> {
+        let Self { importance, float8_scale, .. } = Self::of_stats(stats, format)?;
         let squares = || stats.mean_square.iter().map(|square| square.max(1e-30)).collect();
-        Self { factors: None, importance: importance.map(|_| squares()) }
+        Ok(Self { factors: None, importance: importance.map(|_| squares()), float8_scale })
     }
 }
 

@@ -18,7 +18,7 @@ use crate::checkpoint::{Checkpoint, Part};
 use crate::config::DecoderConfig;
 use crate::error::Result;
 use crate::graph::{Attribute, DataType, Dim, GraphBuilder, Value};
-use crate::linear::{HeadPadding, Linear, LinearInput};
+use crate::linear::{HeadPadding, Linear, LinearInput, through_float8};
 use crate::manifest::Target;
 use crate::norm::{rms_norm, skip_rms_norm};
 use crate::precision::{GraphFormat, LinearFormat};
@@ -179,14 +179,14 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let attention_size = self.config.num_heads * self.config.head_dim;
         let name = format!("{prefix}.self_attn.o_proj");
         let o_proj = self.linear(&name, (attention_size, hidden_size), self.config.attention_bias)?;
-        let attended = self.input(&name, &attended);
+        let attended = self.input(&name, &attended, &attention_output);
         let attended = o_proj.for_input(&attention_output).build(&mut self.graph, &attended);
         let norm = format!("{prefix}.post_attention_layernorm");
         let weight = self.norm_weight(&norm, &mlp_input)?;
         let epsilon = self.config.rms_norm_eps;
         let (normed, hidden) = skip_rms_norm(&mut self.graph, &norm, (&attended, &hidden), &weight, epsilon);
 
-        let normed = self.input(&format!("{prefix}.mlp"), &normed);
+        let normed = self.input(&format!("{prefix}.mlp"), &normed, &mlp_input);
         let widened = (hidden_size, intermediate_size);
         let gate = self.linear(&format!("{prefix}.mlp.gate_proj"), widened, mlp_bias)?;
         let gate = gate.for_input(&mlp_input).build(&mut self.graph, &normed);
@@ -197,7 +197,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let gated = self.graph.node("Mul", &format!("/{prefix}/mlp/Mul"), &[&gate, &up], vec![]);
         let name = format!("{prefix}.mlp.down_proj");
         let down = self.linear(&name, (intermediate_size, hidden_size), mlp_bias)?;
-        let gated = self.input(&name, &gated).scaled_by(&mut self.graph, &format!("/{name}"), up_scale);
+        let gated = self.input(&name, &gated, &mlp_hidden).scaled_by(&mut self.graph, &format!("/{name}"), up_scale);
         let down = down.for_input(&mlp_hidden).build(&mut self.graph, &gated);
         let (next_norm, next_input) = match is_last {
             true => ("norm".to_owned(), Channels::default()),
@@ -228,7 +228,7 @@ impl<'c, 'v> Decoder<'c, 'v> {
         let value = find("v_proj", num_kv_heads, false)?;
         let packed = query.then(key, String::new()).then(value, format!("/{prefix}.qkv_proj"));
         let format = self.graph.format().attention_input;
-        let normed = LinearInput::new(&mut self.graph, format, &format!("/{prefix}.qkv_proj"), normed);
+        let normed = self.input_in(format, &format!("{prefix}.qkv_proj"), normed, &attention_input);
         let packed = packed.for_input(&attention_input).build_in(&mut self.graph, &normed, format);
         let name = format!("/{prefix}/Reshape");
         let packed = self.graph.node("Reshape", &name, &[&packed, &self.sequence_shape], vec![]); // [B, S, q + k + v]
@@ -313,9 +313,15 @@ impl<'c, 'v> Decoder<'c, 'v> {
         Linear::find(self.checkpoint, PART, name, features, has_bias)
     }
 
-    fn input(&mut self, name: &str, x: &Value) -> LinearInput {
+    fn input(&mut self, name: &str, x: &Value, channels: &Channels) -> LinearInput {
         let format = self.graph.format().linear;
-        LinearInput::new(&mut self.graph, format, &format!("/{name}"), x)
+        self.input_in(format, name, x, channels)
+    }
+
+    fn input_in(&mut self, format: LinearFormat, name: &str, x: &Value, channels: &Channels) -> LinearInput {
+        let name = format!("/{name}");
+        let rounded = channels.float8_scale.map(|scale| through_float8(&mut self.graph, &name, x, scale));
+        LinearInput::new(&mut self.graph, format, &name, rounded.as_ref().unwrap_or(x))
     }
 }
 

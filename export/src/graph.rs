@@ -54,10 +54,12 @@ pub enum DataType {
     F16 = 10,
     /// 16-bit float with the exponent of a 32-bit one.
     BF16 = 16,
+    /// 8-bit float of 4 bits of exponent and 3 of mantissa, without infinities: ONNX's FLOAT8E4M3FN.
+    F8E4M3 = 17,
 }
 
 impl DataType {
-    const ALL: [Self; 7] = [Self::F32, Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::BF16];
+    const ALL: [Self; 8] = [Self::F32, Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::BF16, Self::F8E4M3];
 
     /// The type of ONNX's number `code`, if graphs here use it.
     pub(crate) fn from_onnx(code: i32) -> Option<Self> {
@@ -75,6 +77,7 @@ impl DataType {
             Self::I64 => "i64",
             Self::F16 => "f16",
             Self::BF16 => "bf16",
+            Self::F8E4M3 => "f8e4m3",
         }
     }
 
@@ -82,7 +85,7 @@ impl DataType {
     #[must_use]
     pub fn size(self) -> usize {
         match self {
-            Self::U8 | Self::I8 => 1,
+            Self::U8 | Self::I8 | Self::F8E4M3 => 1,
             Self::F16 | Self::BF16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::I64 => 8,
@@ -259,6 +262,16 @@ impl<'a> GraphBuilder<'a> {
         (values, scales_value)
     }
 
+    /// A matrix `[N, K]` as FLOAT8E4M3FN `[N, K]` and one f16 scale, `[]`.
+    pub(crate) fn float8_weight(&mut self, name: &str, weight: Weight<'a>) -> (Value, Value) {
+        let head = TensorHead { name: format!("{name}_quantized"), data_type: DataType::F8E4M3, dims: weight.dims() };
+        let scale = TensorHead { name: format!("{name}_scale"), data_type: DataType::F16, dims: vec![] };
+        let scale_value = Value(scale.name.clone());
+        let encoding = Encoding::Float8 { scale: None };
+        let values = self.push_initializer(head, InitializerData::Weight { weight, encoding, further: vec![scale] });
+        (values, scale_value)
+    }
+
     /// A matrix `[N, K]` in the blocks of `MatMulNBits`: values, scales and, where the format has them, zero points.
     pub(crate) fn block_weight(&mut self, name: &str, weight: Weight<'a>, format: BlockFormat) -> Vec<Value> {
         let (num_rows, row_size) = (weight.num_rows(), weight.row_size());
@@ -326,7 +339,7 @@ impl<'a> GraphBuilder<'a> {
         self.push_initializer(head, InitializerData::Bytes(bytes))
     }
 
-    /// 8-bit integers, as their bytes.
+    /// 8-bit numbers, as their bytes.
     pub(crate) fn constant_bytes(&mut self, name: &str, data_type: DataType, dims: &[usize], bytes: Vec<u8>) -> Value {
         let head = TensorHead { name: name.to_owned(), data_type, dims: dims.to_vec() };
         self.push_initializer(head, InitializerData::Bytes(bytes))
@@ -425,7 +438,10 @@ impl<'a> GraphBuilder<'a> {
     /// # Errors
     /// [`Error::UnfitForGpu`] with the first finding that is no exception, where the graph is for a GPU.
     fn check_for_gpu(&self) -> Result<()> {
-        let Some(provider) = self.format.gpu_provider() else { return Ok(()) };
+        let providers = self.format.gpu_providers();
+        if providers.is_empty() {
+            return Ok(());
+        }
         let further = |data: &InitializerData<'a>| match data {
             InitializerData::Bytes(_) => vec![],
             InitializerData::Weight { further, .. } => further.iter().map(TensorHead::proto).collect(),
@@ -438,7 +454,8 @@ impl<'a> GraphBuilder<'a> {
             input: self.inputs.iter().map(value_info).collect(),
             output: self.outputs.iter().map(value_info).collect(),
         };
-        let findings = lint::check(provider, self.name, &model(self.format.target, graph), &self.profile);
+        let model = model(self.format.target, graph);
+        let findings = providers.iter().flat_map(|provider| lint::check(*provider, self.name, &model, &self.profile));
         match findings.into_iter().find(|finding| finding.exception().is_none()) {
             None => Ok(()),
             Some(finding) => Err(Error::UnfitForGpu(finding)),
@@ -521,8 +538,12 @@ impl InitializerWriter<'_> {
         };
         self.num_parameters += weight.num_parameters();
         let row_size = weight.row_size();
+        let encoding = encoding.settle(&weight)?;
         let mut encoded = Encoded::default();
         let mut further_bytes = vec![Vec::new(); further.len()];
+        if let Encoding::Float8 { scale: Some(scale) } = encoding {
+            further_bytes[0].extend(scale.to_le_bytes());
+        }
         let mut saturated = Saturation::new(&weight);
         let num_bytes = head.num_bytes();
         let is_inline = num_bytes <= MAX_INLINE_BYTES;
@@ -532,7 +553,7 @@ impl InitializerWriter<'_> {
         let start = self.file.offset();
         let mut inline = Vec::new();
         let mut encode = |rows: &mut [f32]| {
-            if encoding == Encoding::Float(DataType::F16) {
+            if encoding.is_f16() {
                 saturated.saturate(rows);
             }
             encoding.encode(rows, row_size, weight.importance(), &mut encoded);

@@ -17,6 +17,7 @@ mod data_file;
 mod decoder;
 mod encoder;
 mod error;
+mod float8;
 pub mod flops;
 mod graph;
 pub mod inspect;
@@ -78,7 +79,7 @@ pub struct ExportOptions {
     pub activations: Option<Precision>,
     /// How 4-bit weights are rounded.
     pub rounding: Rounding,
-    /// What int8 and int4 export learn the activations' channels from.
+    /// What fp8, int8 and int4 export learn the activations' range from.
     pub calibration: Calibration,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI.
     pub reduce_range: bool,
@@ -123,8 +124,16 @@ impl ExportOptions {
 
     /// Formats of what reads images and of what reads tokens.
     fn formats(&self) -> Result<(GraphFormat, GraphFormat)> {
-        let vision = GraphFormat::of(self, self.vision_precision())?.for_vision();
-        Ok((vision, GraphFormat::of(self, self.precision)?))
+        if self.vision_precision() == Precision::Fp8 {
+            let hint = "fp8 is for the decoder: its scales come from text; leave --vision-precision out for fp16";
+            return Err(Error::unsupported("--vision-precision fp8", "for a vision tower", hint));
+        }
+        if (self.precision, &self.calibration) == (Precision::Fp8, &Calibration::None) {
+            let hint = "the scales of fp8 activations are learned: leave --calibration out, or give a text file";
+            return Err(Error::unsupported("--calibration none", "with --precision fp8", hint));
+        }
+        let text = GraphFormat::of(self, self.precision)?;
+        Ok((GraphFormat::of_vision(self, self.vision_precision())?, text))
     }
 
     /// What the manifest says of these options; files and fingerprint come when the bundle is finished.
@@ -210,7 +219,7 @@ fn decoder_channels(
 ) -> Result<DecoderChannels> {
     let has_use = match format.linear {
         LinearFormat::Float => false,
-        LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => true,
+        LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } | LinearFormat::Float8 => true,
         LinearFormat::Blocks(blocks) => blocks.rounding == Rounding::Search,
     };
     let windows = match &options.calibration {
@@ -225,7 +234,7 @@ fn decoder_channels(
         false => Ok(()),
     };
     let stats = calibrate::run(checkpoint, config, &windows, &check)?;
-    Ok(DecoderChannels::of_stats(&stats, format))
+    DecoderChannels::of_stats(&stats, format)
 }
 
 /// The last part of a path, links followed.

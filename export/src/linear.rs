@@ -6,6 +6,8 @@
 
 mod packed;
 
+use half::f16;
+
 pub(crate) use self::packed::{Around, Norm};
 use crate::channels::Channels;
 use crate::checkpoint::{Checkpoint, Part};
@@ -212,6 +214,9 @@ impl<'c> Linear<'c> {
         match format {
             LinearFormat::Packed { .. } => unreachable!("bug: a packed layer takes its surroundings in"),
             LinearFormat::Float => (Product { value: gemm(graph, &name, &x.x, weight, bias), name, bias: None }, None),
+            LinearFormat::Float8 => {
+                (Product { value: float8_gemm(graph, &name, &x.x, weight, bias), name, bias: None }, None)
+            }
             LinearFormat::Blocks(blocks) => {
                 (Product { value: matmul_n_bits(graph, &name, &x.x, weight, blocks), name, bias }, None)
             }
@@ -268,6 +273,54 @@ fn gemm<'c>(graph: &mut GraphBuilder<'c>, name: &str, x: &Value, weight: Weight<
     let weight = graph.float_weight(&format!("{}.weight", name.trim_start_matches('/')), weight, float);
     let inputs: Vec<&Value> = [x, &weight].into_iter().chain(&bias).collect();
     graph.node("Gemm", &format!("{name}/Gemm"), &inputs, vec![("transB", Attribute::Int(1))])
+}
+
+/// `x W^T + bias` with an `x` that [`through_float8`] has rounded: what TensorRT multiplies in fp8.
+///
+/// ```text
+/// weight (FLOAT8E4M3FN), scale -> DequantizeLinear -> f16 -\
+/// x (f16, of DequantizeLinear) ------------------------------> Gemm(transB) -> y
+/// ```
+///
+/// One scale for the whole weight: that is what TensorRT's own quantiser writes (ModelOpt's `FP8_DEFAULT_CFG`: 4 bits of exponent
+/// and 3 of mantissa, `axis` none, for weights and inputs) and what its guide defines FP8 with (Working with Quantized Types: a
+/// scalar scale). Its ONNX parser takes one per row as well (onnx-tensorrt 10.1, `QuantDequantLinearHelper`), which these floats
+/// gain little from: they keep their digits over five decimal orders.
+fn float8_gemm<'c>(
+    graph: &mut GraphBuilder<'c>,
+    name: &str,
+    x: &Value,
+    weight: Weight<'c>,
+    bias: Option<Value>,
+) -> Value {
+    let (weight, scale) = graph.float8_weight(&format!("{}.weight", name.trim_start_matches('/')), weight);
+    let weight = dequantize_float8(graph, &format!("{name}/weight"), &weight, &scale);
+    let inputs: Vec<&Value> = [x, &weight].into_iter().chain(&bias).collect();
+    graph.node("Gemm", &format!("{name}/Gemm"), &inputs, vec![("transB", Attribute::Int(1))])
+}
+
+/// `x` (f16) as FLOAT8E4M3FN makes of it: divided by `scale`, rounded, what is beyond 448 brought to it, multiplied again.
+///
+/// ```text
+/// x -> QuantizeLinear(scale, zero point 0) -> FLOAT8E4M3FN -> DequantizeLinear(scale, zero point 0) -> f16
+/// ```
+pub(crate) fn through_float8(graph: &mut GraphBuilder<'_>, name: &str, x: &Value, scale: f16) -> Value {
+    let scale_name = format!("{}.input_scale", name.trim_start_matches('/'));
+    let scale = graph.constant_float(&scale_name, &[], &[scale.to_f32()]);
+    let zero = float8_zero(graph);
+    let quantized = graph.node("QuantizeLinear", &format!("{name}/QuantizeLinear"), &[x, &scale, &zero], vec![]);
+    dequantize_float8(graph, name, &quantized, &scale)
+}
+
+fn dequantize_float8(graph: &mut GraphBuilder<'_>, name: &str, x: &Value, scale: &Value) -> Value {
+    let zero = float8_zero(graph);
+    graph.node("DequantizeLinear", &format!("{name}/DequantizeLinear"), &[x, scale, &zero], vec![])
+}
+
+/// The zero point says the type: without it TensorRT's parser takes int8 (onnx-tensorrt 10.1), ONNX u8.
+fn float8_zero(graph: &mut GraphBuilder<'_>) -> Value {
+    let name = "/constants/f8e4m3_zero";
+    graph.once(name, |graph| graph.constant_bytes(name, DataType::F8E4M3, &[], vec![0]))
 }
 
 /// CUDA's provider (1.31.1) has kernels for our forms, 8 bits in blocks of 128 and 4 bits in blocks of 32 with packed u8 zero

@@ -109,6 +109,9 @@ pub enum Precision {
     Fp16,
     /// 16-bit floats with the exponent of a 32-bit one; needs a GPU.
     Bf16,
+    /// 8-bit floats in the decoder's linear layers, each with one scale for its weights and one for its activations; needs
+    /// TensorRT and a GPU of compute capability 8.9.
+    Fp8,
     /// 8-bit integers: a scale per row of activations and per column of weights.
     Int8,
     /// 8-bit weights in blocks of 128 (`MatMulNBits`).
@@ -125,6 +128,7 @@ impl Precision {
             Self::Fp32 => "fp32",
             Self::Fp16 => "fp16",
             Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
             Self::Int8 => "int8",
             Self::Int8Block => "int8-block",
             Self::Int4 => "int4",
@@ -136,7 +140,8 @@ impl Precision {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
-    /// ONNX Runtime's fused operators, for its CPU and CUDA providers.
+    /// ONNX Runtime's fused operators, for its CPU and CUDA providers; what reads images is of standard operators all the same
+    /// where its weights are floats.
     Ort,
     /// Standard operators only, as TensorRT's ONNX parser takes them.
     TensorRt,
@@ -278,7 +283,9 @@ impl PixelValues {
             LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => {
                 Self { dtype: DataType::U8, layout: PixelLayout::Patches { zero_point: PATCH_ZERO_POINT } }
             }
-            LinearFormat::Float | LinearFormat::Blocks(_) => Self { dtype: DataType::F32, layout: PixelLayout::Nchw },
+            LinearFormat::Float | LinearFormat::Float8 | LinearFormat::Blocks(_) => {
+                Self { dtype: DataType::F32, layout: PixelLayout::Nchw }
+            }
         }
     }
 }

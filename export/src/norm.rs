@@ -64,7 +64,8 @@ pub(crate) fn skip_rms_norm(
     (normed, sum)
 }
 
-/// Layer norm over the last axis. For TensorRT it is in f32 whatever the graph's type: its documentation warns of overflow.
+/// Layer norm over the last axis. It is computed in f32 whatever the graph's type: that is the operator's `stash_type` unless it
+/// says another, and TensorRT's parser hands it on (onnx-tensorrt 10.1, `setComputePrecision`).
 pub(crate) fn layer_norm(
     graph: &mut GraphBuilder<'_>,
     name: &str,
@@ -72,16 +73,7 @@ pub(crate) fn layer_norm(
     (weight, bias): (&Value, &Value),
     epsilon: f32,
 ) -> Value {
-    let attributes = || vec![("axis", Attribute::Int(-1)), ("epsilon", Attribute::Float(epsilon))];
+    let attributes = vec![("axis", Attribute::Int(-1)), ("epsilon", Attribute::Float(epsilon))];
     let node = format!("/{name}/LayerNormalization");
-    let format = graph.format();
-    let wide = match format.target {
-        Target::Ort | Target::Cpu => format.float,
-        Target::TensorRt => DataType::F32,
-    };
-    let x = graph.cast(&format!("/{name}/to_f32"), x, format.float, wide);
-    let weight = graph.cast(&format!("/{name}/weight"), weight, format.float, wide);
-    let bias = graph.cast(&format!("/{name}/bias"), bias, format.float, wide);
-    let normed = graph.node("LayerNormalization", &node, &[&x, &weight, &bias], attributes());
-    graph.cast(&format!("/{name}/from_f32"), &normed, wide, format.float)
+    graph.node("LayerNormalization", &node, &[x, weight, bias], attributes)
 }

@@ -17,7 +17,10 @@ const INT4_BLOCK: usize = 32;
 /// What one graph is made of.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct GraphFormat {
+    /// Whose operators the graph is made of.
     pub(crate) target: Target,
+    /// What the bundle is for.
+    bundle: Target,
     /// Type of activations, norms, and what is not quantised.
     pub(crate) float: DataType,
     /// Linear layers.
@@ -35,6 +38,8 @@ pub(crate) struct GraphFormat {
 pub(crate) enum LinearFormat {
     /// In the graph's float type.
     Float,
+    /// FLOAT8E4M3FN activations and weights through `QuantizeLinear` and `DequantizeLinear`, each tensor with one scale.
+    Float8,
     /// u8 activations with a scale per row, s8 weights with a scale per column, exact integer sums.
     Int8 {
         /// Largest weight: 127, or 63 for processors whose u8 x s8 sums saturate.
@@ -64,7 +69,7 @@ impl GraphFormat {
         let ExportOptions { target, activations, rounding, reduce_range, .. } = *options;
         let float = match (precision, activations) {
             (Precision::Fp32 | Precision::Int8, None | Some(Precision::Fp32)) => DataType::F32,
-            (Precision::Fp16, None | Some(Precision::Fp16)) => DataType::F16,
+            (Precision::Fp16 | Precision::Fp8, None | Some(Precision::Fp16)) => DataType::F16,
             (Precision::Bf16, None | Some(Precision::Bf16)) => DataType::BF16,
             (Precision::Int8Block | Precision::Int4, None | Some(Precision::Fp32)) => DataType::F32,
             (Precision::Int8Block | Precision::Int4, Some(Precision::Fp16)) => DataType::F16,
@@ -77,19 +82,18 @@ impl GraphFormat {
                 ));
             }
         };
-        if target == Target::TensorRt && !matches!(precision, Precision::Fp32 | Precision::Fp16 | Precision::Bf16) {
-            return Err(Error::unsupported(
-                &format!("--precision {}", precision.name()),
-                "with --target tensorrt",
-                "TensorRT takes fp32, fp16 and bf16 bundles; or export with --target ort",
-            ));
-        }
-        if target == Target::Cpu && precision != Precision::Int8 {
-            return Err(Error::unsupported(
-                &format!("--precision {}", precision.name()),
-                "with --target cpu",
-                "this project's CPU operators take int8; or export with --target ort",
-            ));
+        let refusal = match (target, precision) {
+            (Target::TensorRt, Precision::Int8 | Precision::Int8Block | Precision::Int4) => {
+                Some("TensorRT takes fp32, fp16, bf16 and fp8 bundles; or export with --target ort")
+            }
+            (Target::Ort, Precision::Fp8) => Some("only TensorRT runs fp8: add --target tensorrt"),
+            (Target::Cpu, Precision::Int8) => None,
+            (Target::Cpu, _) => Some("this project's CPU operators take int8; or export with --target ort"),
+            _ => None,
+        };
+        if let Some(hint) = refusal {
+            let flag = format!("--precision {}", precision.name());
+            return Err(Error::unsupported(&flag, format!("with --target {}", target.name()), hint));
         }
         if target == Target::Cpu && reduce_range {
             let hint = "leave it out: the sums of this project's CPU operators are exact on every processor";
@@ -103,6 +107,7 @@ impl GraphFormat {
                 let packed = LinearFormat::Packed { block: PACKED_BLOCK };
                 (packed, packed, DataType::F16)
             }
+            Precision::Fp8 => (LinearFormat::Float8, LinearFormat::Float, float),
             Precision::Int8 => {
                 let max_weight = if reduce_range { 63 } else { 127 };
                 (LinearFormat::Int8 { max_weight }, int8_block, DataType::F16)
@@ -112,19 +117,27 @@ impl GraphFormat {
         };
         let has_wider_attention = precision == Precision::Int4 && rounding == Rounding::Search;
         let attention_input = if has_wider_attention { int8_block } else { linear };
-        Ok(Self { target, float, linear, attention_input, head, embedding })
+        Ok(Self { target, bundle: target, float, linear, attention_input, head, embedding })
+    }
+
+    /// As [`Self::of`], for what reads images. A tower of floats has standard operators in every bundle, so that TensorRT takes it
+    /// beside a decoder of ONNX Runtime's operators, which CUDA takes. ONNX Runtime fuses them when it loads the graph: CLIP-L's
+    /// then has the same nodes as one written with fused operators, gives the same bits and takes the same time (1.31.1 on a CPU).
+    ///
+    /// # Errors
+    /// Those of [`Self::of`].
+    pub(crate) fn of_vision(options: &ExportOptions, precision: Precision) -> Result<Self> {
+        let format = Self::of(options, precision)?;
+        match format.linear {
+            LinearFormat::Float => Ok(Self { target: Target::TensorRt, ..format }),
+            // Its activations have few outliers: one scale for a row does.
+            LinearFormat::Packed { .. } => Ok(Self { linear: LinearFormat::Packed { block: 0 }, ..format }),
+            _ => Ok(format),
+        }
     }
 }
 
 impl GraphFormat {
-    /// The same for vision tower and projector, whose activations have few outliers: one scale for a row does.
-    pub(crate) fn for_vision(self) -> Self {
-        match self.linear {
-            LinearFormat::Packed { .. } => Self { linear: LinearFormat::Packed { block: 0 }, ..self },
-            LinearFormat::Float | LinearFormat::Int8 { .. } | LinearFormat::Blocks(_) => self,
-        }
-    }
-
     /// Type of the KV cache's elements.
     pub(crate) fn cache(self) -> DataType {
         match self.target {
@@ -133,22 +146,29 @@ impl GraphFormat {
         }
     }
 
-    /// The GPU provider that a graph of this format is for: int8 has kernels on the CPU only.
-    pub(crate) fn gpu_provider(self) -> Option<GpuProvider> {
-        match (self.target, self.linear) {
-            (Target::TensorRt, _) => Some(GpuProvider::TensorRt),
-            (Target::Ort, LinearFormat::Float | LinearFormat::Blocks(_)) => Some(GpuProvider::Cuda),
-            (Target::Ort | Target::Cpu, _) => None,
+    /// The GPU providers that a graph of this format is for: int8 has kernels on the CPU only.
+    pub(crate) fn gpu_providers(self) -> &'static [GpuProvider] {
+        match (self.bundle, self.target, self.linear) {
+            (Target::TensorRt, ..) => &[GpuProvider::TensorRt],
+            (Target::Ort, Target::TensorRt, _) => &[GpuProvider::Cuda, GpuProvider::TensorRt],
+            (
+                Target::Ort,
+                Target::Ort,
+                LinearFormat::Int8 { .. } | LinearFormat::Float8 | LinearFormat::Packed { .. },
+            ) => &[],
+            (Target::Cpu, ..) | (_, Target::Cpu, _) => &[],
+            (Target::Ort, Target::Ort, LinearFormat::Float | LinearFormat::Blocks(_)) => &[GpuProvider::Cuda],
         }
     }
 }
 
 impl Precision {
     /// The vision tower's precision beside a decoder of this one: weights of 4 bits cost the small tower more quality than
-    /// they save.
+    /// they save, and what fp8 takes of its activations was not learned.
     pub(crate) fn default_for_vision(self) -> Self {
         match self {
             Self::Int4 => Self::Int8Block,
+            Self::Fp8 => Self::Fp16,
             other => other,
         }
     }

@@ -1,20 +1,29 @@
-//! How weights are stored: floats of any width, int8 rows, or small integers in blocks. Takes blocks of f32 rows, gives the
+//! How weights are stored: floats of any width, fp8 or int8 with scales, or small integers in blocks. Takes blocks of f32 rows, gives the
 //! bytes of the tensors that the operators take.
 
 use std::borrow::Cow;
 use std::thread;
 
+use half::f16;
 use recaption_kernels::{PANEL_COLUMNS, PackSpec, pack_panel};
 
 use crate::blocks;
+use crate::error::Result;
+use crate::float8;
 use crate::graph::DataType;
 use crate::tensor::extend_with_floats;
+use crate::weight::Weight;
 
 /// How the values of a weight become bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Encoding {
     /// One tensor of floats.
     Float(DataType),
+    /// FLOAT8E4M3FN `[N, K]` and one f16 scale of all of them, `[]`.
+    Float8 {
+        /// None until [`Self::settle`].
+        scale: Option<f16>,
+    },
     /// s8 `[N, K]` and an f32 scale per row `[N]`; values are within `-max..=max`.
     Int8Rows { max: u8 },
     /// `MatMulNBits`: u8 `[N, blocks, block_size * bits / 8]`, a scale per block, zero points per block.
@@ -105,12 +114,34 @@ impl Encoding {
         matches!(self, Self::Packed(_)).then_some(GROUP_ROWS)
     }
 
+    /// Whether the values are fp16 in the graph: larger ones are brought to its end first, and counted.
+    pub(crate) fn is_f16(self) -> bool {
+        matches!(self, Self::Float(DataType::F16) | Self::Float8 { .. })
+    }
+
+    /// Finds out what must be known of a weight before its first row is encoded: it streams once more for that.
+    pub(crate) fn settle(self, weight: &Weight<'_>) -> Result<Self> {
+        let Self::Float8 { scale: None } = self else { return Ok(self) };
+        let mut all = 0.0_f32;
+        weight.stream(&mut |rows| {
+            all = all.max(largest(rows));
+            Ok(())
+        })?;
+        // What fp16 does not have is brought to its end (`Self::is_f16`).
+        let scale = float8::scale(all.min(f16::MAX.to_f32())).expect("bug: a stored weight is finite");
+        Ok(Self::Float8 { scale: Some(scale) })
+    }
+
     /// Encodes whole rows of `row_size` values into `encoded`, which is emptied first; `importance` says how much an error in
     /// each of a row's values weighs. Quantisation uses all cores.
     pub(crate) fn encode(self, rows: &[f32], row_size: usize, importance: Option<&[f32]>, encoded: &mut Encoded) {
         encoded.clear();
         match self {
             Self::Float(data_type) => extend_with_floats(&mut encoded.data, data_type, rows),
+            Self::Float8 { scale } => {
+                let scale = scale.expect("bug: the weight was not settled").to_f32();
+                on_all_cores(rows, row_size, encoded, |rows, encoded| float8::encode(scale, rows, &mut encoded.data));
+            }
             Self::Int8Rows { max } => {
                 on_all_cores(rows, row_size, encoded, |rows, encoded| encode_int8_rows(max, rows, row_size, encoded));
             }

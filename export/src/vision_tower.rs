@@ -93,7 +93,7 @@ impl<'c, 'v> Tower<'c, 'v> {
     pub(crate) fn embed(&mut self, preprocessing: &Preprocessing) -> Result<Value> {
         match self.encoder.graph.format().linear {
             LinearFormat::Int8 { .. } | LinearFormat::Packed { .. } => self.patch_embeddings(preprocessing),
-            LinearFormat::Float | LinearFormat::Blocks(_) => self.embeddings(),
+            LinearFormat::Float | LinearFormat::Float8 | LinearFormat::Blocks(_) => self.embeddings(),
         }
     }
 

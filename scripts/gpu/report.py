@@ -11,7 +11,8 @@ NOTES = """\
   ids before a caption's first difference. fp32 must have all of them; the other precisions have a floor, set
   by judgement. bf16 is compared with fp32.
 - `% of fp16 peak` is the model's arithmetic, as `recaption inspect` counts it, times images per second, over
-  the dense fp16 rate of NVIDIA's datasheet. int4 weights are multiplied in fp16, so the same peak holds.
+  the dense fp16 rate of NVIDIA's datasheet. int4 weights are multiplied in fp16, so the same peak holds;
+  fp8 is multiplied at twice that rate.
 - `GPU %`, `W` and `GB used` are nvidia-smi's while captions were made, loading left out. `GPU %` is the share
   of time in which some kernel ran, not how busy it kept the GPU.
 - The 8B checkpoint is random: it has the shapes of the real one, and its captions say nothing."""

@@ -36,7 +36,7 @@ from sampler import Sampler, summarize
 # Share of token ids, up to a caption's first difference, that a provider must have in common with the CPU in
 # the same precision (bf16: with fp32, since the CPU has no bf16). Greedy ids of random weights part at the
 # first near-tie, so that only fp32 is held to all. The floors are set by judgement: no GPU has been measured.
-FLOORS = {"fp32": 1.0, "fp16": 0.7, "bf16": 0.5, "int8-block": 0.7, "int4": 0.7}
+FLOORS = {"fp32": 1.0, "fp16": 0.7, "bf16": 0.5, "fp8": 0.5, "int8-block": 0.7, "int4": 0.7}
 FLOATS = ("fp32", "fp16", "bf16")
 # What TensorRT builds engines for: each takes it a minute or so.
 TENSORRT_CHECKPOINTS = ("published-f16", "saved-v5-bf16")
@@ -44,11 +44,14 @@ GRAPH_ROUNDS = 3
 # Photographs of the size that web images have: larger ones would measure the decoding of JPEGs.
 WEB_IMAGE_BYTES = range(10_000, 200_000)
 GIB = 1 << 30
-# Checkpoint 17 GB, fp16 bundle 17 GB, int4 bundle 6 GB, engines.
-FREE_BYTES = 50 * GIB
+# What recaption says of a GPU that is no fault of anybody's.
+TOO_SMALL = ("does not fit into the GPU's memory", "fp8 needs a GPU of compute capability")
+# Checkpoint 17 GB, fp16 bundle 17 GB, fp8 bundle 10 GB, int4 bundle 6 GB, engines: of the fp8 decoder two.
+FREE_BYTES = 80 * GIB
 BIG_FORMATS = {
     "fp16": ("--precision", "fp16"),
-    # Random weights have nothing to be calibrated for.
+    # Random weights have nothing to be calibrated for; fp8 must know a range all the same.
+    "fp8": ("--precision", "fp8", "--target", "tensorrt", "--calibration", "random"),
     "int4": ("--precision", "int4", "--activations", "fp16", "--calibration", "none"),
 }
 
@@ -81,8 +84,8 @@ def attempt(row: Result, rows: list[Result]) -> Iterator[None]:
     except Skipped as reason:
         row["result"] = f"skipped: {reason}"
     except Failed as error:
-        fits = "does not fit into the GPU's memory" not in str(error)
-        row["result"] = f"failed: {error}" if fits else f"skipped: {error}"
+        is_too_small = any(text in str(error) for text in TOO_SMALL)
+        row["result"] = f"skipped: {error}" if is_too_small else f"failed: {error}"
     rows.append(row)
 
 
@@ -223,7 +226,9 @@ def inputs_of(checkpoint: Path) -> list[Path]:
 def formats_of(provider: str) -> list[tuple[str, str]]:
     """Target and precision of the bundles that `provider` takes."""
     formats = [(target, precision) for target in ("ort", "tensorrt") for precision in FLOATS]
-    return formats if provider == "tensorrt" else [*formats, ("ort", "int8-block"), ("ort", "int4")]
+    if provider == "tensorrt":
+        return [*formats, ("tensorrt", "fp8")]
+    return [*formats, ("ort", "int8-block"), ("ort", "int4")]
 
 
 def compare(program: Program, checkpoints: list[Path], provider: str) -> Result:
@@ -368,7 +373,7 @@ def export(program: Program, precision: str) -> Result:
 def throughput(program: Program, precision: str) -> Result:
     if not program.has_bundle(f"8b-{precision}", *big_options(program, precision)):
         raise Skipped(f"no bundle of this program: the stage `export-{precision}` makes it")
-    program.needs(program.provider)
+    program.needs(provider_of(program, precision))
     bundle = program.out / "bundles" / f"8b-{precision}"
     images = repeated_images(program, 6 if program.is_small else program.num_images)
     rows: list[Result] = []
@@ -391,19 +396,26 @@ def throughput(program: Program, precision: str) -> Result:
     return outcome(rows, "runs")
 
 
+def provider_of(program: Program, precision: str) -> str:
+    """Who runs an 8B of this precision first of all: fp8 is for TensorRT alone."""
+    return "tensorrt" if program.uses_gpu and precision == "fp8" else program.provider
+
+
 def cases(program: Program, precision: str) -> list[tuple[str, list[int], int | None, int]]:
     """Provider, GPUs, slots and new tokens of each run."""
+    provider = provider_of(program, precision)
     if program.is_small:
         devices = [0] if program.uses_gpu else []
-        return [
-            (program.provider, devices, slots, tokens) for slots, tokens in ((2, 8), (None, 8), (None, 4))
-        ]
+        return [(provider, devices, slots, tokens) for slots, tokens in ((2, 8), (None, 8), (None, 4))]
     one = [0] if program.uses_gpu else []
     found: list[tuple[str, list[int], int | None, int]] = []
-    found += [(program.provider, one, slots, 128) for slots in (32, 128, None)]
-    found.append((program.provider, one, None, 64))
+    if provider == "tensorrt":
+        # Each number of slots takes an engine of its own, minutes to build.
+        return [(provider, one, 64, tokens) for tokens in (128, 64)]
+    found += [(provider, one, slots, 128) for slots in (32, 128, None)]
+    found.append((provider, one, None, 64))
     if program.uses_gpu and len(program.gpus) > 1:
-        found.append((program.provider, list(range(len(program.gpus))), None, 128))
+        found.append((provider, list(range(len(program.gpus))), None, 128))
     # Vision through TensorRT, which takes no blocks of int8.
     if program.uses_gpu and precision == "fp16":
         found.append(("tensorrt", one, None, 128))
@@ -481,9 +493,13 @@ STAGES: dict[str, Stage] = {
     "graphs": Stage(graphs, 8, "CUDA graphs on and off"),
     "weights": Stage(weights, 15, "makes a random checkpoint of 8B size, 17 GB"),
     "export-fp16": Stage(lambda program: export(program, "fp16"), 15, "time and memory of the 8B export"),
+    "export-fp8": Stage(lambda program: export(program, "fp8"), 15, "the same in fp8, for TensorRT"),
     "export-int4": Stage(lambda program: export(program, "int4"), 20, "the same in int4"),
     "throughput-fp16": Stage(
         lambda program: throughput(program, "fp16"), 30, "images/s and utilisation at 8B"
+    ),
+    "throughput-fp8": Stage(
+        lambda program: throughput(program, "fp8"), 60, "the same in fp8 through TensorRT; it builds engines"
     ),
     "throughput-int4": Stage(lambda program: throughput(program, "int4"), 30, "the same in int4"),
     "devices": Stage(devices, 8, "several GPUs, and one of them failing"),

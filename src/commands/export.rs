@@ -71,7 +71,8 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
 
 /// The calibration asked for; a text is read and tokenised only where the precision learns from it.
 fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
-    let learns = matches!(args.precision, PrecisionArg::Int8 | PrecisionArg::Int8Block | PrecisionArg::Int4);
+    use PrecisionArg::{Fp8, Int4, Int8, Int8Block};
+    let learns = matches!(args.precision, Fp8 | Int8 | Int8Block | Int4);
     let text = match args.calibration.as_str() {
         "none" => return Ok(Calibration::None),
         _ if !learns => return Ok(Calibration::None),

@@ -67,8 +67,11 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
                     Err(error) => reasons.push(format!("no {}: {error}", title(first))),
                 }
             }
-            // Whatever CUDA lacks, TensorRT lacks as well.
-            let reason = reasons.pop();
+            // Whatever CUDA lacks, TensorRT lacks as well; but fp8 is for TensorRT alone.
+            let reason = match manifest.header.precision {
+                Precision::Fp8 => reasons.into_iter().next(),
+                _ => reasons.pop(),
+            };
             check_all(&[Device::Cpu], manifest).map_err(|error| match (error, &reason) {
                 (Error::Setting { reason: cpu, hint }, Some(gpu)) => {
                     Error::Setting { reason: format!("{cpu}; {gpu}"), hint }
@@ -84,13 +87,8 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
 
 /// Why `auto` leaves out a device that would work.
 fn why_not(device: Device, manifest: &Manifest) -> Option<String> {
-    if check_device(device, manifest).is_err() {
-        return Some(format!("{} does not run {} bundles", title(device), manifest.header.precision.name()));
-    }
-    if matches!(device, Device::TensorRt(_)) && manifest.header.target != Target::TensorRt {
-        return Some(
-            "TensorRT is for bundles of --target tensorrt: it does not take ONNX Runtime's operators".to_owned(),
-        );
+    if let Err(error) = check_device(device, manifest) {
+        return Some(error.to_string());
     }
     let reason = cuda_exception(manifest).filter(|_| decoder_device(device, manifest) == Device::Cpu);
     reason.map(|reason| format!("{reason}; --provider cuda runs the vision tower on the GPU"))
@@ -115,7 +113,32 @@ fn check_all(devices: &[Device], manifest: &Manifest) -> Result<()> {
         check_device(device, manifest)?;
         check_cpu(device, manifest)?;
     }
-    check_machine(devices)
+    check_machine(devices)?;
+    devices.iter().try_for_each(|&device| check_gpu(device, manifest))
+}
+
+/// The first compute capability with fp8 products: Ada; Hopper is 9.0.
+const FP8_CAPABILITY: (i32, i32) = (8, 9);
+
+/// # Errors
+/// [`Error::Setting`] when the GPU, which CUDA must see, cannot multiply in the bundle's precision.
+pub(super) fn check_gpu(device: Device, manifest: &Manifest) -> Result<()> {
+    match (device.gpu_index(), manifest.header.precision) {
+        (Some(index), Precision::Fp8) => check_fp8(index, runtime::compute_capability(index)?),
+        _ => Ok(()),
+    }
+}
+
+fn check_fp8(index: i32, (major, minor): (i32, i32)) -> Result<()> {
+    if (major, minor) >= FP8_CAPABILITY {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        reason: format!(
+            "fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper); GPU {index} has {major}.{minor}"
+        ),
+        hint: "export with --precision fp16 --target tensorrt".to_owned(),
+    })
 }
 
 /// Whether this machine has what `devices`, all of one kind, need: libraries, versions, driver, the GPUs themselves, and the
@@ -147,4 +170,60 @@ pub(super) fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
         reason: "this processor has no VNNI: ONNX Runtime's sums of 8-bit products would overflow".to_owned(),
         hint: "export again with --reduce-range (7-bit weights), or with --precision int8-block".to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use recaption_export::{BundleManifest, ExportOptions, Target, export};
+
+    use super::*;
+
+    fn manifest(options: &ExportOptions) -> Manifest {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/checkpoints/published-f16");
+        match export(checkpoint.as_ref(), &folder.path().join("bundle"), options).unwrap() {
+            BundleManifest::Llava(manifest) => *manifest,
+            BundleManifest::Clip(_) => unreachable!("a captioner"),
+        }
+    }
+
+    /// What `auto` has against TensorRT and CUDA, and where the decoder goes when TensorRT has the vision tower.
+    #[test]
+    fn auto_wants_vision_on_tensorrt_and_the_decoder_where_it_has_kernels() {
+        let (trt, cuda) = (Device::TensorRt(1), Device::Cuda(1));
+        let of = |precision| ExportOptions { precision, ..ExportOptions::default() };
+        let standard = |precision| ExportOptions { target: Target::TensorRt, ..of(precision) };
+        let half = ExportOptions { activations: Some(Precision::Fp16), ..of(Precision::Int4) };
+        let half_vision = ExportOptions { vision_precision: Some(Precision::Fp16), ..half.clone() };
+        let blocks = "provider tensorrt does not run int8-block vision towers";
+        let no_fp8 = "provider cuda does not run fp8 bundles";
+        let cases = [
+            (of(Precision::Fp16), None, None, cuda),
+            (of(Precision::Bf16), None, None, cuda),
+            (half, Some(blocks), None, cuda),
+            (half_vision, None, None, cuda),
+            (standard(Precision::Fp16), None, None, trt),
+            (standard(Precision::Fp8), None, Some(no_fp8), trt),
+        ];
+        for (options, on_tensorrt, on_cuda, decoder) in cases {
+            let manifest = manifest(&options);
+            assert_eq!(why_not(trt, &manifest).as_deref(), on_tensorrt, "{options:?}");
+            assert_eq!(why_not(cuda, &manifest).as_deref(), on_cuda, "{options:?}");
+            assert_eq!(decoder_device(trt, &manifest), decoder, "{options:?}");
+        }
+        let exact = manifest(&of(Precision::Fp32));
+        assert_eq!(decoder_device(trt, &exact), Device::Cpu);
+        assert!(why_not(trt, &exact).is_some_and(|reason| reason.contains("f16 and bf16 only")));
+    }
+
+    #[test]
+    fn fp8_wants_an_ada_or_later() {
+        for capability in [(8, 9), (9, 0), (10, 0), (12, 1)] {
+            check_fp8(0, capability).unwrap();
+        }
+        for (capability, text) in [((8, 6), "GPU 1 has 8.6"), ((7, 5), "GPU 1 has 7.5")] {
+            let error = check_fp8(1, capability).unwrap_err();
+            assert!(error.to_string().contains(text) && error.hint().is_some(), "{error}");
+        }
+    }
 }

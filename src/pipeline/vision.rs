@@ -160,13 +160,28 @@ pub(crate) fn decoder_device(device: Device, manifest: &Manifest) -> Device {
 /// [`Error::Setting`] when `device` has no kernels for the bundle's precision.
 pub(crate) fn check_device(device: Device, manifest: &Manifest) -> Result<()> {
     let precisions = [manifest.header.precision, manifest.header.vision_precision];
-    let is_cpu = device == Device::Cpu;
-    let refused = precisions.into_iter().find_map(|precision| match (precision, is_cpu) {
-        (Precision::Bf16, true) => Some((precision, "use --provider cuda, or export with --precision fp32 or int8")),
-        (Precision::Int8, false) => Some((precision, "use --provider cpu, or export with --precision fp16 or int4")),
+    let refused = precisions.into_iter().find_map(|precision| match (precision, device) {
+        (Precision::Bf16, Device::Cpu) => {
+            Some((precision, "use --provider cuda, or export with --precision fp32 or int8"))
+        }
+        (Precision::Int8, Device::Cuda(_) | Device::TensorRt(_)) => {
+            Some((precision, "use --provider cpu, or export with --precision fp16 or int4"))
+        }
+        // It has the conversions, but multiplies in fp16, with the weights made anew in each run.
+        (Precision::Fp8, Device::Cuda(_)) => {
+            Some((precision, "use --provider tensorrt, or export with --precision fp16"))
+        }
         _ => None,
     });
+    let vision = manifest.header.vision_precision;
     match refused {
+        // Its parser knows no blocks of integers; the decoder, if it has them, is CUDA's.
+        None if matches!(device, Device::TensorRt(_)) && matches!(vision, Precision::Int8Block | Precision::Int4) => {
+            Err(Error::Setting {
+                reason: format!("provider {} does not run {} vision towers", device.name(), vision.name()),
+                hint: "use --provider cuda, or export with --vision-precision fp16".to_owned(),
+            })
+        }
         None => Ok(()),
         Some((precision, hint)) => Err(Error::Setting {
             reason: format!("provider {} does not run {} bundles", device.name(), precision.name()),

@@ -181,6 +181,7 @@ fn element_type(data_type: DataType) -> TensorElementType {
         DataType::BF16 => TensorElementType::Bfloat16,
         DataType::U8 => TensorElementType::Uint8,
         DataType::I8 => TensorElementType::Int8,
+        DataType::F8E4M3 => TensorElementType::Float8E4M3FN,
         DataType::I32 => TensorElementType::Int32,
         DataType::I64 => TensorElementType::Int64,
     }

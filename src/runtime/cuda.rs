@@ -214,17 +214,23 @@ pub(crate) fn num_devices() -> Result<i32> {
     Ok(count)
 }
 
+fn attribute(device: i32, attribute: i32) -> Result<i32> {
+    let runtime = cuda_runtime()?;
+    let mut value = 0;
+    // SAFETY: the number is written on success.
+    let status = unsafe { (runtime.device_attribute)(&raw mut value, attribute, device) };
+    runtime.check("ask for the GPU's kind", status).map(|()| value)
+}
+
+/// A GPU's compute capability: `(9, 0)`.
+pub(crate) fn capability(device: i32) -> Result<(i32, i32)> {
+    let [major, minor] = ATTRIBUTE_CAPABILITY;
+    Ok((attribute(device, major)?, attribute(device, minor)?))
+}
+
 /// What tells this GPU's kind from others: `sm90-132-79g` is compute capability 9.0, 132 multiprocessors, 79 GiB.
 pub(crate) fn kind(device: i32) -> Result<String> {
-    let runtime = cuda_runtime()?;
-    let attribute = |attribute| {
-        let mut value = 0;
-        // SAFETY: the number is written on success.
-        let status = unsafe { (runtime.device_attribute)(&raw mut value, attribute, device) };
-        runtime.check("ask for the GPU's kind", status).map(|()| value)
-    };
-    let [major, minor] = ATTRIBUTE_CAPABILITY;
-    let (major, minor, multiprocessors) = (attribute(major)?, attribute(minor)?, attribute(ATTRIBUTE_MULTIPROCESSORS)?);
+    let ((major, minor), multiprocessors) = (capability(device)?, attribute(device, ATTRIBUTE_MULTIPROCESSORS)?);
     Ok(format!("sm{major}{minor}-{multiprocessors}-{}g", memory(device)?.1 >> 30))
 }
 

@@ -34,6 +34,11 @@ pub(crate) fn engine_key(fingerprint: &str, gpu: i32) -> Result<String> {
     Ok(format!("{model}-ort{version}-trt{}-{}", tensorrt::version()?, cuda::kind(gpu)?))
 }
 
+/// Compute capability of a GPU: `(9, 0)`.
+pub(crate) fn compute_capability(gpu: i32) -> Result<(i32, i32)> {
+    cuda::capability(gpu)
+}
+
 /// GPUs that CUDA sees.
 pub(crate) fn num_gpus() -> Result<i32> {
     cuda::num_devices()

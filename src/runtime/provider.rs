@@ -21,7 +21,7 @@ pub enum ProviderChoice {
     Cpu,
     /// CUDA for vision tower and projector, and for the decoder where CUDA has attention in its precision.
     Cuda,
-    /// TensorRT for vision tower and projector; the decoder as with `Cuda`, since TensorRT does not take its operators.
+    /// TensorRT for vision tower and projector; the decoder too where it has standard operators, else as with `Cuda`.
     TensorRt,
 }
 

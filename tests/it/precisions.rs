@@ -111,6 +111,8 @@ fn every_precision_stays_near_the_logits_of_transformers() {
     let cases = [
         (ort(Precision::Fp16), 0.005),
         (options(Precision::Fp16, Target::TensorRt), 0.005),
+        // 3 bits of mantissa: three times the rounding error of int8's rows of Gaussian weights.
+        (options(Precision::Fp8, Target::TensorRt), 0.43),
         (uncalibrated(Precision::Int8), 0.12),
         (ort(Precision::Int8), 0.10),
         (ExportOptions { reduce_range: true, ..ort(Precision::Int8) }, 0.20),
@@ -152,6 +154,23 @@ fn quantised_bundles_caption_through_the_command_line() {
     }
 }
 
+/// ONNX Runtime's CPU provider rounds as TensorRT does, and multiplies in floats.
+#[test]
+fn fp8_bundles_caption_on_a_cpu_and_are_refused_on_cuda() {
+    let golden = &Golden::all()[0];
+    let (_folder, bundle) = exported(golden, &options(Precision::Fp8, Target::TensorRt));
+    for row in golden.run_bundle(&bundle, &["--ignore-eos"]) {
+        assert_eq!(row["status"], "ok", "{}", row["error"]);
+        assert_eq!(integers(&row["token_ids"]).len(), 48);
+    }
+    let image = &golden.image_paths()[0];
+    let output = recaption(&["run", image, "--model", bundle.to_str().unwrap(), "--provider", "cuda"]);
+    assert_eq!(output.status.code(), Some(2));
+    let message = stderr(&output);
+    assert!(message.contains("provider cuda does not run fp8 bundles"), "{message}");
+    assert!(message.contains("hint: use --provider tensorrt"), "{message}");
+}
+
 #[test]
 fn bf16_bundles_are_written_and_refused_on_a_cpu() {
     let golden = &Golden::all()[0];
@@ -173,9 +192,18 @@ fn what_does_not_go_together_is_refused_by_name() {
     let checkpoint = root("tests/data/checkpoints/published-f16");
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("bundle");
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 8] = [
         (&["--precision", "int8", "--target", "tensorrt"], "--precision int8 is not supported: with --target tensorrt"),
-        (&["--precision", "int4", "--target", "tensorrt"], "--precision int8-block is not supported"),
+        (&["--precision", "int4", "--target", "tensorrt"], "--precision int4 is not supported: with --target tensorrt"),
+        (&["--precision", "fp8"], "--precision fp8 is not supported: with --target ort"),
+        (
+            &["--precision", "fp8", "--target", "tensorrt", "--calibration", "none"],
+            "--calibration none is not supported: with --precision fp8",
+        ),
+        (
+            &["--precision", "fp16", "--target", "tensorrt", "--vision-precision", "fp8"],
+            "--vision-precision fp8 is not supported: for a vision tower",
+        ),
         (
             &["--precision", "int8", "--activations", "fp16"],
             "--activations fp16 is not supported: with --precision int8",

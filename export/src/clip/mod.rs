@@ -19,7 +19,7 @@ use self::config::ClipConfig;
 use crate::bundle_manifest::BundleManifest;
 use crate::error::{Error, Result};
 use crate::graph::{Attribute, DataType, GraphBuilder, Value};
-use crate::manifest::{BundleKind, Source, Target};
+use crate::manifest::{BundleKind, Precision, Source, Target};
 use crate::output::OutputFolder;
 use crate::processor_config::{Preprocessing, processor_of};
 use crate::tokenizer_files::read_tokenizer;
@@ -39,6 +39,10 @@ pub(crate) fn export(
     if options.target == Target::Cpu {
         let hint = "leave it out: scores take a small share of a run's time";
         return Err(Error::unsupported("--target cpu", "with a CLIP checkpoint", hint));
+    }
+    if options.precision == Precision::Fp8 {
+        let hint = "fp8 is for LLaVA decoders; a CLIP takes --precision fp16";
+        return Err(Error::unsupported("--precision fp8", "with a CLIP checkpoint", hint));
     }
     let (vision_format, text_format) = options.formats()?;
     let output = OutputFolder::check(bundle_folder, options.overwrite)?;

@@ -127,6 +127,13 @@ pub enum Problem {
         /// The input.
         input: String,
     },
+    /// An input that must be zero is not.
+    NotZero {
+        /// The operator.
+        op: String,
+        /// The input.
+        input: String,
+    },
     /// More outputs are asked for than are supported.
     ExtraOutput {
         /// The operator.
@@ -187,6 +194,7 @@ impl fmt::Display for Problem {
             Self::UnnamedDimension { axis } => write!(formatter, "dimension {axis} is neither a number nor a name"),
             Self::NoRange { dim } => write!(formatter, "dimension `{dim}` has no range in the profile"),
             Self::NotConstant { op, input } => write!(formatter, "input `{input}` of `{op}` must be an initialiser"),
+            Self::NotZero { op, input } => write!(formatter, "input `{input}` of `{op}` must be zero"),
             Self::ExtraOutput { op } => write!(formatter, "an output of `{op}` that is not supported"),
         }
     }
@@ -251,8 +259,8 @@ pub fn check(
     found.map(|(place, problem)| Finding { provider, graph: name.to_owned(), place, problem }).collect()
 }
 
-/// What keeps the GPU provider that the bundle was exported for from running its graphs whole; nothing where it was exported
-/// for the CPU alone.
+/// What keeps the GPU provider that the bundle was exported for from running its graphs whole, and TensorRT from running those
+/// of standard operators; nothing where it was exported for the CPU alone.
 ///
 /// # Errors
 /// When a graph cannot be read.
@@ -262,8 +270,16 @@ pub fn check_bundle(bundle: &Path, manifest: &BundleManifest) -> Result<Vec<Find
     for (_, graph) in manifest.named_graphs() {
         let (model, _) = read_model(&bundle.join(&graph.file))?;
         findings.extend(check(provider, &graph.file, &model, &graph.profile));
+        if provider == GpuProvider::Cuda && is_standard(&model) {
+            findings.extend(check(GpuProvider::TensorRt, &graph.file, &model, &graph.profile));
+        }
     }
     Ok(findings)
+}
+
+/// Whether a graph is made of standard operators: a vision tower of floats, for CUDA and TensorRT.
+fn is_standard(model: &ModelProto) -> bool {
+    model.opset_import.iter().all(|import| import.domain.as_deref().is_none_or(str::is_empty))
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ const STANDARD: &[&str] = &[
     "Cast",
     "Concat",
     "Conv",
+    "DequantizeLinear",
     "Div",
     "Expand",
     "Gather",
@@ -31,6 +32,7 @@ const STANDARD: &[&str] = &[
     "Max",
     "Min",
     "Mul",
+    "QuantizeLinear",
     "Range",
     "ReduceMean",
     "ReduceSum",
@@ -50,7 +52,6 @@ const STANDARD: &[&str] = &[
 /// Operators of ONNX Runtime's CPU and CUDA providers beside those.
 const ORT_ONLY: &[&str] = &[
     "Abs",
-    "QuantizeLinear",
     "RMSNormalization",
     "ReduceMax",
     "com.microsoft.FusedMatMul",

@@ -215,6 +215,7 @@ fn type_name(code: i32) -> Option<&'static str> {
         12 => "uint32",
         13 => "uint64",
         16 => "bfloat16",
+        17 => "float8e4m3fn",
         _ => return None,
     })
 }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::schema::infer;
 use super::{Graph, Notes, Problem};
+use crate::proto::TensorProto;
 
 #[derive(Deserialize)]
 struct Table {
@@ -24,6 +25,9 @@ struct Operator {
     /// Inputs that must be initialisers.
     #[serde(default)]
     constant_inputs: Vec<usize>,
+    /// Inputs of which all bytes must be zero.
+    #[serde(default)]
+    zero_inputs: Vec<usize>,
     max_outputs: Option<usize>,
 }
 
@@ -44,6 +48,10 @@ pub(super) fn has(op: &str) -> bool {
 pub(super) fn check(graph: &Graph<'_>) -> Notes {
     let (types, nodes) = infer(graph);
     let constants: HashSet<&str> = graph.proto.initializer.iter().filter_map(|tensor| tensor.name.as_deref()).collect();
+    // What lies in the data file is not known here, and too large for a zero point of ours.
+    let is_not_zero = |tensor: &&TensorProto| tensor.raw_data.iter().flatten().any(|byte| *byte != 0);
+    let not_zero = graph.proto.initializer.iter().filter(is_not_zero);
+    let not_zero: HashSet<&str> = not_zero.filter_map(|tensor| tensor.name.as_deref()).collect();
     let [first, last] = TABLE.opsets;
     let mut notes = Notes::default();
     for (node, typed) in graph.proto.node.iter().zip(&nodes) {
@@ -62,6 +70,10 @@ pub(super) fn check(graph: &Graph<'_>) -> Notes {
         let constant_inputs = known.constant_inputs.iter().filter_map(|&index| node.input.get(index));
         for value in constant_inputs.filter(|value| !constants.contains(value.as_str())) {
             notes.at_node(node, Problem::NotConstant { op: op.clone(), input: value.clone() });
+        }
+        let zero_inputs = known.zero_inputs.iter().filter_map(|&index| node.input.get(index));
+        for value in zero_inputs.filter(|value| not_zero.contains(value.as_str())) {
+            notes.at_node(node, Problem::NotZero { op: op.clone(), input: value.clone() });
         }
         if known.max_outputs.is_some_and(|max| node.output.len() > max) {
             notes.at_node(node, Problem::ExtraOutput { op: op.clone() });

@@ -2,6 +2,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
+use prost::Message;
+
 use super::*;
 use crate::graph::{Attribute, DataType, GraphBuilder, MICROSOFT};
 use crate::precision::GraphFormat;
@@ -62,6 +64,7 @@ fn formats() -> Vec<(ExportOptions, bool)> {
         (of(trt, Precision::Fp32, None, rounding), false),
         (of(trt, Precision::Fp16, None, rounding), false),
         (of(trt, Precision::Bf16, None, rounding), false),
+        (of(trt, Precision::Fp8, None, rounding), false),
     ]
 }
 
@@ -83,12 +86,35 @@ fn bundles_for_a_gpu_run_on_it_whole_but_for_f32_attention() {
 #[test]
 fn a_clip_for_a_gpu_runs_on_it_whole() {
     for name in CLIPS {
-        for (options, _) in formats() {
+        for (options, _) in formats().into_iter().filter(|(options, _)| options.precision != Precision::Fp8) {
             let options = ExportOptions { tokenizer: Some(test_data(CLIPS[0])), ..options };
             let found = findings(&test_data(name), &options);
             let what = format!("{name} {} {}", options.target.name(), options.precision.name());
             assert_eq!(found, [], "{what}");
         }
+    }
+}
+
+/// A vision tower of floats goes to TensorRT beside a decoder on CUDA.
+#[test]
+fn vision_graphs_of_ort_bundles_are_checked_against_tensorrt_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = folder.path().join("bundle");
+    let options = ExportOptions { precision: Precision::Fp16, ..ExportOptions::default() };
+    let manifest = export(&test_data(CHECKPOINTS[0]), &bundle, &options).unwrap();
+    for (graph, expected) in [("vision_tower.onnx", &[GpuProvider::TensorRt][..]), ("decoder.onnx", &[])] {
+        let path = bundle.join(graph);
+        let (mut model, _) = read_model(&path).unwrap();
+        // CUDA has a kernel for it; TensorRT's table does not know it.
+        let last = model.graph.as_mut().unwrap().node.iter_mut().rfind(|node| op_name(node) == "Add");
+        if let Some(node) = last {
+            node.op_type = Some("Abs".to_owned());
+            node.input.truncate(1);
+        }
+        std::fs::write(&path, model.encode_to_vec()).unwrap();
+        let found = check_bundle(&bundle, &manifest).unwrap();
+        let of_graph = found.iter().filter(|finding| finding.graph == graph);
+        assert_eq!(of_graph.map(|finding| finding.provider).collect::<Vec<_>>(), expected, "{graph}");
     }
 }
 
@@ -128,6 +154,7 @@ const UINT8: i32 = 2;
 const INT8: i32 = 3;
 const INT64: i32 = 7;
 const BFLOAT16: i32 = 16;
+const FLOAT8E4M3FN: i32 = 17;
 
 fn node(op: &str, inputs: &[&str], attributes: &[(&str, i64)]) -> NodeProto {
     let (domain, op_type) = op.rsplit_once('.').unwrap_or(("", op));
@@ -265,6 +292,31 @@ fn what_tensorrt_does_not_take_is_named() {
         norm,
         [format!("`graph` `/LayerNormalization`: an output of `LayerNormalization` that is not supported {by}")]
     );
+    // Scales and zero points are initialisers, and zero points zero.
+    let mut rounded = model(
+        &[("x", FLOAT), ("s", FLOAT)],
+        vec![
+            node("QuantizeLinear", &["x", "s", "zero"], &[]),
+            node("DequantizeLinear", &["QuantizeLinear_out", "s", "zero"], &[]),
+        ],
+    );
+    let zero = |byte: u8, elem_type| TensorProto {
+        data_type: Some(elem_type),
+        name: Some("zero".to_owned()),
+        raw_data: Some(vec![byte]),
+        ..Default::default()
+    };
+    let scale = TensorProto { data_type: Some(FLOAT), name: Some("s".to_owned()), ..Default::default() };
+    rounded.graph.as_mut().unwrap().initializer = vec![scale.clone(), zero(0, FLOAT8E4M3FN)];
+    assert_eq!(messages(GpuProvider::TensorRt, &rounded), [""; 0]);
+    rounded.graph.as_mut().unwrap().initializer = vec![zero(0, FLOAT8E4M3FN)];
+    let dynamic = format!("`graph` `/QuantizeLinear`: input `s` of `QuantizeLinear` must be an initialiser {by}");
+    assert_eq!(messages(GpuProvider::TensorRt, &rounded)[0], dynamic);
+    rounded.graph.as_mut().unwrap().initializer = vec![scale.clone(), zero(1, FLOAT8E4M3FN)];
+    let shifted = format!("`graph` `/QuantizeLinear`: input `zero` of `QuantizeLinear` must be zero {by}");
+    assert_eq!(messages(GpuProvider::TensorRt, &rounded)[0], shifted);
+    rounded.graph.as_mut().unwrap().initializer = vec![scale, zero(0, UINT8)];
+    assert!(messages(GpuProvider::TensorRt, &rounded)[0].contains("with float, float, uint8"));
     let mut newer = model(&[("x", FLOAT)], vec![node("Relu", &["x"], &[])]);
     newer.opset_import[0].version = Some(23);
     assert!(messages(GpuProvider::TensorRt, &newer)[0].contains("of opset 23"));

@@ -206,11 +206,17 @@ impl BundleReport {
                 Some(provider) => {
                     Found::No { reason: provider.reason.clone().unwrap_or_default(), hint: provider.hint.clone() }
                 }
-                None if device != Device::Cpu && decoder_device(device, manifest) == Device::Cpu => {
-                    let reason = provider::cuda_exception(manifest).unwrap_or_default();
-                    Found::Yes(format!("runs its vision tower; the decoder runs on the CPU ({reason})"))
-                }
-                None => Found::Yes("runs".to_owned()),
+                None => match provider::check_gpu(device, manifest) {
+                    Err(error) => Found::no(&error),
+                    Ok(()) if device != Device::Cpu && decoder_device(device, manifest) == Device::Cpu => {
+                        let reason = provider::cuda_exception(manifest).unwrap_or_default();
+                        Found::Yes(format!("runs its vision tower; the decoder runs on the CPU ({reason})"))
+                    }
+                    Ok(()) if decoder_device(device, manifest) != device => {
+                        Found::Yes("runs its vision tower; the decoder runs on CUDA".to_owned())
+                    }
+                    Ok(()) => Found::Yes("runs".to_owned()),
+                },
             },
         };
         Self {
