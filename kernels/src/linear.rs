@@ -139,6 +139,7 @@ impl Work for Part<'_> {
         for panel in panels.clone() {
             let next: &[_] = if panel + 1 < panels.end { weights.panel(panel + 1) } else { &[] };
             let correction = total(weights.corrections(panel));
+            let bias = product.bias(s, panel);
             for tile in 0..num_tiles {
                 let part = part_of(rows.len(), num_tiles, tile);
                 let (first, count) = (rows.start + part.start, part.len());
@@ -156,7 +157,7 @@ impl Work for Part<'_> {
                         }
                     }
                 }
-                product.finish(s, panel, first, &acc[..count]);
+                product.finish(s, panel, bias, first, &acc[..count]);
             }
         }
     }
@@ -208,18 +209,25 @@ impl Product<'_> {
         }
     }
 
-    /// Remaining scales, bias, activation, residual.
+    /// The bias of a panel's columns.
     #[inline(always)]
-    fn finish<S: Simd>(&self, s: S, panel: usize, first: usize, acc: &[[f32; COLUMNS]]) {
+    fn bias<S: Simd>(&self, s: S, panel: usize) -> Option<[S::F; 2]> {
+        let bias = self.epilogue.bias?;
+        let mut of_columns = [0.0; COLUMNS];
+        for (column, to) in of_columns.iter_mut().enumerate() {
+            *to = self.weights.spec().row_of(panel, column).map_or(0.0, |row| bias[row]);
+        }
+        let of_columns = of_columns.as_chunks::<LANES>().0;
+        Some([s.load(&of_columns[0]), s.load(&of_columns[1])])
+    }
+
+    /// Remaining scales, bias, activation, residual. (No closures: they would be compiled without the instruction set.)
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, panel: usize, bias: Option<[S::F; 2]>, first: usize, acc: &[[f32; COLUMNS]]) {
         let spec = self.weights.spec();
         let columns = &self.weights.scales(panel)[0];
         let columns = columns.as_chunks::<LANES>().0;
         let columns = [s.load(&columns[0]), s.load(&columns[1])];
-        let bias = self.epilogue.bias.map(|bias| {
-            let bias: [f32; COLUMNS] = std::array::from_fn(|c| spec.row_of(panel, c).map_or(0.0, |row| bias[row]));
-            let bias = bias.as_chunks::<LANES>().0;
-            [s.load(&bias[0]), s.load(&bias[1])]
-        });
         for (r, acc) in acc.iter().enumerate() {
             let row = if self.x.block == 0 { Some(s.splat(self.x.scales[first + r])) } else { None };
             let acc = acc.as_chunks::<LANES>().0;
@@ -242,12 +250,12 @@ impl Product<'_> {
                 self.write(s, at, width, s.mul(swish(s, v[0], 1.0), v[1]));
                 continue;
             }
-            let v = v.map(|v| match self.epilogue.activation {
-                Activation::Identity | Activation::SwiGlu => v,
-                Activation::QuickGelu => swish(s, v, 1.702),
-                Activation::Gelu => gelu(s, v),
-                Activation::GeluTanh => gelu_tanh(s, v),
-            });
+            match self.epilogue.activation {
+                Activation::Identity | Activation::SwiGlu => {}
+                Activation::QuickGelu => v = [swish(s, v[0], 1.702), swish(s, v[1], 1.702)],
+                Activation::Gelu => v = [gelu(s, v[0]), gelu(s, v[1])],
+                Activation::GeluTanh => v = [gelu_tanh(s, v[0]), gelu_tanh(s, v[1])],
+            }
             self.write(s, at, width.min(LANES), v[0]);
             if width > LANES {
                 self.write(s, at + LANES, width - LANES, v[1]);
