@@ -41,7 +41,7 @@ def float_rate(dtype: torch.dtype) -> float:
 
 
 def int8_rate() -> float:
-    """s8 x s8 and, with packed weights, u8 x s8 with dynamic quantisation: the best of both, of all shapes."""
+    """s8 x s8 and, with packed weights, u8 x s8 with dynamic quantisation: the best of all."""
     rates = []
     torch.backends.quantized.engine = "onednn"
     for rows, inner, columns in SHAPES:

@@ -82,10 +82,9 @@ class Bench:
             is_last = attempt == self.args.retries or found["others"] <= report.DISTURBED_SHARE
             name = kind if is_last else "disturbed"
             record = self.write(name, case=case.name, **fields, **found)
-            say(
-                f"{name} {case.name}: {found['images_per_second']:.3f} images/s,"
-                f" others {found['others']:.1%}, start-up {found['start_up_seconds']:.1f} s, {found['peak_rss_mb']:.0f} MB"
-            )
+            speed, others = f"{found['images_per_second']:.3f} images/s", f"others {found['others']:.1%}"
+            start_up, memory = f"start-up {found['start_up_seconds']:.1f} s", f"{found['peak_rss_mb']:.0f} MB"
+            say(f"{name} {case.name}: {speed}, {others}, {start_up}, {memory}")
             if is_last:
                 return record
         raise AssertionError("bug: the last attempt returns")

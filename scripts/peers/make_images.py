@@ -1,7 +1,7 @@
 """Writes the workload: seeded JPEGs that look enough like photographs to cost as much to decode and resize.
 
-Soft colour gradients, noise of several scales, a few flat shapes with sharp edges, and sensor grain. The
-longer side has 500 to 640 pixels; one in three is upright. Image i depends on nothing but i. What is there is kept.
+Soft colour gradients, noise of several scales, a few flat shapes with sharp edges, sensor grain. The longer
+side has 500 to 640 pixels; one in three is upright. Image i depends on i alone. What is there is kept.
 """
 
 from __future__ import annotations

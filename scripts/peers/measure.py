@@ -12,7 +12,7 @@ from typing import Any
 import machine
 from captioners import Caption, Captioner, Failed, Peer, Recaption
 from cases import Case, Job
-from workplace import OFFLINE, ROOT, Missing, Workplace, say
+from workplace import ROOT, Missing, Workplace, say
 
 Record = dict[str, Any]
 
@@ -26,7 +26,7 @@ def open_captioner(place: Workplace, case: Case, job: Job, new_tokens: int, vers
     if case.peer == "recaption":
         tokens = ["--max-new-tokens", str(new_tokens)]
         return Recaption([*command, *tokens], log, job.max_seconds, {}, version=version)
-    return Peer(command, log, job.max_seconds, OFFLINE, new_tokens=new_tokens)
+    return Peer(command, log, job.max_seconds, place.environment, new_tokens=new_tokens)
 
 
 def measure(place: Workplace, case: Case, job: Job, version: str, has_one_token: bool) -> Record:

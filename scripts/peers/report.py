@@ -228,7 +228,7 @@ def render(records: list[Record], quality_files: list[Path]) -> str:
         "",
         f"    {machine['command']}",
         "",
-        "JPEG file to caption text, after a warm-up, without loading the model; captions have as many tokens.",
+        "JPEG file to caption text, after a warm-up, without loading the model; all captions are as long.",
         "All are timed from outside by one clock, in turns. Start-up: from the start of the process to the",
         "first caption.",
         "",

@@ -72,7 +72,9 @@ def main() -> None:
             results = pipe.generate(prompts, images=images, generation_config=configs)
         finally:
             idle.put(pipe)
-        return [(result.texts[0], result.perf_metrics.get_num_generated_tokens()) for result in results]
+        # Each result counts the tokens of its whole batch.
+        num_tokens = [result.perf_metrics.get_num_generated_tokens() / len(files) for result in results]
+        return [(result.texts[0], count) for result, count in zip(results, num_tokens, strict=True)]
 
     def caption(files: list[str], new_tokens: int) -> list[Caption]:
         batches = [files[first : first + args.batch] for first in range(0, len(files), args.batch)]

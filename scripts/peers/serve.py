@@ -1,7 +1,7 @@
 """What every peer's runner shares: requests come in on standard input, captions go out on standard output.
 
-A request is a line `{"files": [...], "new_tokens": n}`, its answer `{"captions": [[text, tokens], ...]}` in the
-order of the files. The one who asks holds the clock, for every peer the same. Standard library only.
+A request is a line `{"files": [...], "new_tokens": n}`, an answer `{"captions": [[text, tokens], ...]}`, in
+the order of the files. The one who asks holds the clock, for every peer the same. Standard library only.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from cases import BUNDLES, Case, Job
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 UV = "uv==0.13.9"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 # bf16 is a way of computing with the fp32 model.
 OPENVINO_WEIGHTS = {"int8": "int8", "fp32": "fp32", "bf16": "fp32"}
 
@@ -49,6 +48,13 @@ class Workplace:
         self.bundles = BUNDLES | bundles
         self.logs = self.folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
+        self.environment = {
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_CACHE_ROOT": str(self.folder / "vllm-cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "vllm-cache" / "inductor"),
+        }
 
     def run(self, what: str, command: Sequence[str | Path], environment: dict[str, str] | None = None) -> str:
         """Runs a step of the set-up; its standard output. What it says goes to a log."""
@@ -60,7 +66,7 @@ class Workplace:
                 stderr=errors,
                 stdin=subprocess.DEVNULL,
                 text=True,
-                env={**os.environ, **OFFLINE, **(environment or {})},
+                env={**os.environ, **self.environment, **(environment or {})},
                 cwd=ROOT,
             )
         if result.returncode != 0:
