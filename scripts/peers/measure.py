@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -106,15 +107,7 @@ def limits(place: Workplace, threads: int) -> Record:
 
 def kernel_limits(threads: int) -> Record:
     """The line that `cargo bench -p recaption-kernels` begins with; the rest of it is not waited for."""
-    bench = ["cargo", "bench", "--quiet", "--locked", "-p", "recaption-kernels"]
-    built = subprocess.run(
-        [*bench, "--no-run", "--message-format=json"], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    programs = re.findall(r'"executable":"([^"]+)"', built.stdout)
-    program = next((Path(path) for path in programs if Path(path).name.startswith("kernels-")), None)
-    if built.returncode != 0 or program is None:
-        raise Failed("it does not build")
-    command = [program, str(threads), "--bench"]
+    command = [kernels_bench(), str(threads), "--bench"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout
         pattern = re.compile(r"limits: int8 ([\d.]+) GFLOP/s, f32 ([\d.]+) GFLOP/s, read ([\d.]+) GB/s")
@@ -126,3 +119,17 @@ def kernel_limits(threads: int) -> Record:
         raise Failed("it prints no line of limits")
     names = ("int8_register_gops", "fp32_register_gflops", "read_gbs")
     return {name: float(value) for name, value in zip(names, line.groups(), strict=True)}
+
+
+@functools.cache
+def kernels_bench() -> Path:
+    """The kernels' benchmark, built."""
+    bench = ["cargo", "bench", "--quiet", "--locked", "-p", "recaption-kernels"]
+    built = subprocess.run(
+        [*bench, "--no-run", "--message-format=json"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    programs = re.findall(r'"executable":"([^"]+)"', built.stdout)
+    program = next((Path(path) for path in programs if Path(path).name.startswith("kernels-")), None)
+    if built.returncode != 0 or program is None:
+        raise Failed("it does not build")
+    return program

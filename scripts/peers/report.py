@@ -209,7 +209,7 @@ def pairs(results: Results) -> list[str]:
     if len(lines) == 2:
         return []
     note = f"The interval is of the median of the rounds' ratios, and covers it in {coverage:.0%} of cases."
-    return [*lines, "", note]
+    return [*lines, "", note] if coverage else lines
 
 
 def render(records: list[Record], quality_files: list[Path]) -> str:

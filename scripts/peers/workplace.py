@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cases import BUNDLES, Case, Job
+from specs import PROMPT, SPECS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -97,8 +98,8 @@ class Workplace:
 
     def checkpoint(self, model: str) -> Path:
         folder, script = self.folder / "checkpoints" / model, HERE / "make_checkpoint.py"
-        # The scripts that make it are part of what it is.
-        key = digest((HERE / "specs.py").read_bytes() + script.read_bytes())
+        # The script that makes it is part of what it is.
+        key = digest(f"{SPECS[model]} {PROMPT}".encode() + script.read_bytes())
         if not is_whole(folder / "complete", key):
             say(f"making the checkpoint {model}")
             shutil.rmtree(folder, ignore_errors=True)
