@@ -27,6 +27,10 @@ class Caption:
     num_tokens: int
 
     @property
+    def first_word(self) -> str:
+        return next(iter(self.text.split()), "")
+
+    @property
     def digest(self) -> str:
         """Tells captions apart, whatever white space surrounds them."""
         return hashlib.sha256(self.text.strip().encode()).hexdigest()[:8]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import time
@@ -63,6 +64,7 @@ def measure(place: Workplace, case: Case, job: Job, version: str, has_one_token:
         "start_up_seconds": round(start_up, 3),
         "peak_rss_mb": round(peak, 1),
         "captions": [caption.digest for caption in captions],
+        "first_words": [caption.first_word for caption in captions],
     }
     if prefill:
         record["one_token_seconds"] = round(prefill["seconds"], 4)
@@ -92,6 +94,7 @@ def check(captions: list[Caption], num_images: int, new_tokens: int) -> None:
 def limits(place: Workplace, threads: int) -> Record:
     """Matrix products through oneDNN; what registers and memory give, by the kernels' own benchmark."""
     found: Record = {}
+    busy, own, started = machine.busy_seconds(), children_seconds(), time.perf_counter()
     try:
         script = Path(__file__).with_name("limits.py")
         output = place.run("limits", [place.python("transformers"), script, "--threads", str(threads)])
@@ -102,7 +105,15 @@ def limits(place: Workplace, threads: int) -> Record:
         found.update(kernel_limits(threads))
     except (OSError, Failed, subprocess.SubprocessError) as reason:
         say(f"no limits from the kernels' benchmark: {reason}")
-    return found
+    others = machine.busy_seconds() - busy - (children_seconds() - own)
+    share = max(0.0, others) / (machine.NUM_CORES * (time.perf_counter() - started))
+    return {**found, "others": round(share, 4)}
+
+
+def children_seconds() -> float:
+    """CPU seconds of the children that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def kernel_limits(threads: int) -> Record:
