@@ -470,46 +470,6 @@ fn tile_rows<S: Simd>(left: usize) -> usize {
     [12, 8, 6, 4, 3, 2, 1].into_iter().find(|&rows| rows <= most).expect("bug: one row is a tile")
 }
 
-/// Writes the queries in tiles; `make(row, to)` computes one.
-#[inline(always)]
-fn fill_queries<S: Simd>(
-    queries: &mut [f32],
-    num_rows: usize,
-    head_dim: usize,
-    turned: &mut [f32],
-    make: impl Fn(usize, &mut [f32]),
-) {
-    let mut first = 0;
-    while first < num_rows {
-        let rows = tile_rows::<S>(num_rows - first);
-        let tile = &mut queries[first * head_dim..][..rows * head_dim];
-        for row in 0..rows {
-            make(first + row, turned);
-            tile.iter_mut().skip(row).step_by(rows).zip(&*turned).for_each(|(to, &x)| *to = x);
-        }
-        first += rows;
-    }
-}
-
-/// Elements that widen to f32.
-trait Element: Copy {
-    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
-        s.load(from)
-    }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
-        s.load_f16(from)
-    }
-}
-
 /// Calls `$body` with the constants `$rows` and `$columns` that go with `$count` rows: more columns where rows are few and
 /// registers many, so that enough sums are under way.
 macro_rules! with_tile {
@@ -533,6 +493,50 @@ macro_rules! with_tile {
         const $columns: usize = $c;
         $body
     }};
+}
+
+/// Writes the queries in tiles; `make(row, to)` computes one.
+#[inline(always)]
+fn fill_queries<S: Simd>(
+    queries: &mut [f32],
+    num_rows: usize,
+    head_dim: usize,
+    turned: &mut [f32],
+    make: impl Fn(usize, &mut [f32]),
+) {
+    let mut first = 0;
+    while first < num_rows {
+        let rows = tile_rows::<S>(num_rows - first);
+        let tile = &mut queries[first * head_dim..][..rows * head_dim];
+        for row in 0..rows {
+            make(first + row, turned);
+            with_tile!(S, rows, R, _C, {
+                for (to, &x) in tile.as_chunks_mut::<R>().0.iter_mut().zip(&*turned) {
+                    to[row] = x;
+                }
+            });
+        }
+        first += rows;
+    }
+}
+
+/// Elements that widen to f32.
+trait Element: Copy {
+    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
+        s.load(from)
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
+        s.load_f16(from)
+    }
 }
 
 /// Rows of a block's scores, then of its weights.

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use recaption_export::{DataType, DecoderDims, DimRange, IMAGE_INDEX_TEXT};
+use recaption_export::{DataType, DecoderDims, DimRange, IMAGE_INDEX_TEXT, Target};
 
 use crate::error::Result;
 use crate::model::batch_steps::BatchSteps;
@@ -46,6 +46,8 @@ pub(crate) struct Generator<T> {
     /// One row that decode steps bind as `image_features`, and never read.
     no_features: Buffer,
     active: Vec<Sequence<T>>,
+    /// Tokens of the prompt that the slot behind the others holds: the text before the image, read once for all captions.
+    shared_length: usize,
 }
 
 /// The decoder's graph: once, or on TensorRT twice, since an engine is built for one range of shapes.
@@ -108,17 +110,19 @@ struct PromptPositions {
     /// Row of the image's features, or [`IMAGE_INDEX_TEXT`].
     image_index: Vec<i64>,
     num_image_tokens: usize,
+    num_tokens_before: usize,
 }
 
 impl PromptPositions {
     fn new(prompt: &Prompt, num_image_tokens: usize) -> Self {
         let ids = |ids: &[u32]| ids.iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
         let (before, after) = (ids(&prompt.before), ids(&prompt.after));
+        let num_tokens_before = before.len();
         let text = |count| std::iter::repeat_n(IMAGE_INDEX_TEXT, count);
         let image_index =
             text(before.len()).chain(0..num_image_tokens as i64).chain(text(after.len())).collect::<Vec<_>>();
         let input_ids = [before, vec![0; num_image_tokens], after].concat();
-        Self { input_ids, image_index, num_image_tokens }
+        Self { input_ids, image_index, num_image_tokens, num_tokens_before }
     }
 
     fn len(&self) -> usize {
@@ -214,10 +218,14 @@ impl<T> Generator<T> {
         let is_input = inputs.iter().any(|input| input.name == "total_sequence_length");
         let of_prefill = Totals { is_input, fixed: None };
         let of_decode = Totals { is_input, fixed: has_fixed_shapes.then_some(max_length) };
+        // Of the attentions only our own reads several prompts behind what the cache holds already.
+        let shared_length = if manifest.header.target == Target::Cpu { prompt.num_tokens_before } else { 0 };
+        let num_stored = num_slots + usize::from(shared_length > 0);
+        let num_read = prompt.len() - shared_length;
         let mut generator = Self {
-            cache: KvCache::new(decoder.decode(), CacheShape::of(manifest)?, num_slots, max_length)?,
+            cache: KvCache::new(decoder.decode(), CacheShape::of(manifest)?, num_stored, max_length)?,
             no_features: decoder.decode().device_buffer(manifest.header.activations, dims.hidden_size)?,
-            prefill: StepBuffers::new(&decoder.prefill, (max_prefill_batch, prompt.len()), of_prefill)?,
+            prefill: StepBuffers::new(&decoder.prefill, (max_prefill_batch, num_read), of_prefill)?,
             decode: StepBuffers::new(decoder.decode(), (num_slots, 1), of_decode)?,
             decoder,
             dims,
@@ -231,7 +239,9 @@ impl<T> Generator<T> {
             },
             decode_bindings: HashMap::new(),
             active: Vec::with_capacity(num_slots),
+            shared_length,
         };
+        generator.read_shared_tokens()?;
         generator.capture()?;
         Ok(generator)
     }
@@ -250,6 +260,25 @@ impl<T> Generator<T> {
             }
         }
         Ok(())
+    }
+
+    /// Fills the slot behind the others.
+    fn read_shared_tokens(&mut self) -> Result<()> {
+        let length = self.shared_length;
+        if length == 0 {
+            return Ok(());
+        }
+        let session = &mut self.decoder.prefill;
+        let mut buffers = StepBuffers::new(session, (1, length), self.prefill.totals)?;
+        buffers.inputs.tensor_mut::<i64>(INPUT_IDS).copy_from_slice(&self.prompt.input_ids[..length]);
+        buffers.set_lengths(std::iter::once(length));
+        let mut binding = session.binding()?;
+        buffers.bind(&mut binding, 1)?;
+        binding.bind_input("image_features", &self.no_features.view(0, &[1, self.dims.hidden_size])?)?;
+        self.cache.bind(&mut binding, self.num_slots, 1, CacheUse::Prefill)?;
+        buffers.inputs.send(session)?;
+        session.run(&binding)?;
+        buffers.next_ids.receive_first(session, 1)
     }
 
     /// Slots that no caption is in.
@@ -288,12 +317,18 @@ impl<T> Generator<T> {
     /// Runs the decoder over the prompt in the slots behind the active ones. All prompts have one length: no padding.
     fn run_prefill(&mut self, batch: usize, image_features: &TensorView, logits: Option<TensorView>) -> Result<usize> {
         assert!(batch <= self.num_free_slots(), "bug: prefill of {batch} into {} slots", self.num_free_slots());
-        let PromptPositions { input_ids, image_index, num_image_tokens } = &self.prompt;
-        let length = input_ids.len();
+        let stream = self.decoder.prefill.stream();
+        let free_slots = self.active.len()..self.active.len() + batch;
+        for slot in free_slots.filter(|_| self.shared_length > 0) {
+            self.cache.move_slot(stream, self.num_slots, slot, self.shared_length)?;
+        }
+        let PromptPositions { input_ids, image_index, num_image_tokens, .. } = &self.prompt;
+        let length = self.prompt.len();
+        let (input_ids, image_index) = (&input_ids[self.shared_length..], &image_index[self.shared_length..]);
         let ids = self.prefill.inputs.tensor_mut::<i64>(INPUT_IDS);
-        ids.chunks_exact_mut(length).take(batch).for_each(|ids| ids.copy_from_slice(input_ids));
+        ids.chunks_exact_mut(input_ids.len()).take(batch).for_each(|ids| ids.copy_from_slice(input_ids));
         let indices = self.prefill.inputs.tensor_mut::<i64>(IMAGE_INDEX);
-        for (image, indices) in indices.chunks_exact_mut(length).take(batch).enumerate() {
+        for (image, indices) in indices.chunks_exact_mut(image_index.len()).take(batch).enumerate() {
             let first_row = (image * num_image_tokens) as i64;
             for (target, &index) in indices.iter_mut().zip(image_index) {
                 *target = if index >= 0 { first_row + index } else { index };
