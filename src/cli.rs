@@ -270,13 +270,13 @@ pub struct RunArgs {
     pub with_token_ids: bool,
     /// Captions in flight per engine
     ///
-    /// Default: as many as fit into the memory, up to 16 on a CPU and 256 on a GPU; the first lines of a run show the sum.
+    /// Default: as many as fit into the memory, up to 16 on a CPU (32 with --target cpu) and 256 on a GPU, for each engine; the first lines of a run show the sum.
     /// Example: --slots 32
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub slots: Option<u16>,
     /// Most images encoded and prefilled at once
     ///
-    /// Default: 4 on a CPU, up to 16 on a GPU, or --slots if that is less. Example: --vision-batch 8
+    /// Default: 4 on a CPU (1 with --target cpu), up to 16 on a GPU, or --slots if that is less. Example: --vision-batch 8
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub vision_batch: Option<u16>,
     /// CPU threads for the graphs, shared among the engines
@@ -286,9 +286,9 @@ pub struct RunArgs {
     pub threads: Option<u16>,
     /// Engines on the CPU: each has its own sessions, slots and share of --threads
     ///
-    /// Example: --engines 2
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub engines: u16,
+    /// Default: one for each thread with bundles of --target cpu (at most 16), else 1. Example: --engines 2
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub engines: Option<u16>,
     /// Threads that decode images, and as many that resize them
     ///
     /// Default: a quarter of the cores, at least 1. Example: --load-threads 4

@@ -4,7 +4,7 @@
 //! sums are added in order, `acc = fma(sum, s, acc)`, where s is the product of those scales that differ between blocks; the
 //! others follow as above. Then bias, activation, residual. An output depends on its row and column alone.
 
-use crate::dot::{COLUMNS, ROWS, Sums, Tile};
+use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
 use crate::error::check_len;
 use crate::level::Work;
 use crate::math::{gelu, gelu_tanh, swish};
@@ -191,21 +191,19 @@ impl Product<'_> {
             let a = &x.values[first * stride + b * spec.block..];
             let next = &next[part_of(next.len(), num_blocks, b)];
             let next = &next[..next.len().min(steps.len())];
-            s.tile(count, Tile { a, stride, b: steps, init, next }, sums);
-            let columns = self.weights.scales(panel)[if spec.block_scales { b } else { 0 }];
-            let columns = columns.as_chunks::<LANES>().0;
-            let [c0, c1] = [s.load(&columns[0]), s.load(&columns[1])];
-            for (r, (acc, sums)) in acc.iter_mut().zip(&*sums).enumerate().take(count) {
-                let [acc0, acc1] = acc.as_chunks_mut::<LANES>().0 else { unreachable!("bug: two vectors a row") };
-                let [sums0, sums1] = sums.as_chunks::<LANES>().0 else { unreachable!("bug: two vectors a row") };
-                let (mut t0, mut t1) = (c0, c1);
-                if x.block != 0 {
-                    let row = s.splat(x.scales[(first + r) * num_blocks + b]);
-                    (t0, t1) = if spec.block_scales { (s.mul(row, c0), s.mul(row, c1)) } else { (row, row) };
+            let mut rows = [1.0; ROWS];
+            if x.block != 0 {
+                for (r, scale) in rows.iter_mut().enumerate().take(count) {
+                    *scale = x.scales[(first + r) * num_blocks + b];
                 }
-                s.store(s.fma(s.to_f32(s.load_i32(sums0)), t0, s.load(acc0)), acc0);
-                s.store(s.fma(s.to_f32(s.load_i32(sums1)), t1, s.load(acc1)), acc1);
             }
+            let columns = &self.weights.scales(panel)[if spec.block_scales { b } else { 0 }];
+            let scales = match (x.block != 0, spec.block_scales) {
+                (true, true) => Scales::Both(&rows, columns),
+                (true, false) => Scales::Rows(&rows),
+                (false, _) => Scales::Columns(columns),
+            };
+            s.add_tile(count, Tile { a, stride, b: steps, init, next }, scales, sums, acc);
         }
     }
 

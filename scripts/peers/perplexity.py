@@ -41,6 +41,10 @@ def evaluate(place: Workplace, cases: Sequence[Case], threads: int, num_windows:
     sizes = ["--prompts", "0", "--windows", str(num_windows), "--threads", str(threads)]
     results = folder / "results.json"
 
+    library = place.recaption.parent / "librecaption_operators.so"
+    if library.exists():
+        sizes += ["--custom-operators", str(library)]
+
     def run(models: list[str]) -> None:
         say(f"measuring the perplexity of {', '.join(Path(model).name for model in models)}")
         command = [python, QUALITY / "evaluate.py", *models, *texts, *sizes]
@@ -49,7 +53,7 @@ def evaluate(place: Workplace, cases: Sequence[Case], threads: int, num_windows:
     try:
         run(models)
     except Missing as reason:
-        # A bundle of this project's own operators cannot be run by a plain ONNX Runtime.
+        # A bundle of this project's own operators needs them: cargo build --release -p recaption-operators.
         own = [model for model in models if not model.endswith("-cpu")]
         if own == models:
             raise

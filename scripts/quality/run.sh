@@ -1,6 +1,7 @@
 #!/bin/bash
 # What each precision costs on real weights: run.sh WORK_FOLDER. Writes WORK_FOLDER/results/*.json.
 #   RECAPTION  the exporter                           [target/release/recaption]
+#   OPERATORS  librecaption_operators.so, for the bundles of target cpu [beside the exporter; without it they are left out]
 #   PYTHON     a Python with requirements.txt         [python3]
 #   PEERS      a folder with bin/python and bin/optimum-cli of requirements-peers.txt; without it the peers are left out
 #   THREADS    [2]    PROMPTS  for greedy decoding [50]    WINDOWS  of 512 tokens per text [6]
@@ -9,6 +10,8 @@ work=${1:?usage: run.sh WORK_FOLDER}
 here=$(cd "$(dirname "$0")" && pwd)
 recaption=${RECAPTION:-$here/../../target/release/recaption}
 python=${PYTHON:-python3}
+operators=${OPERATORS:-$(dirname "$recaption")/librecaption_operators.so}
+[ -e "$operators" ] || operators=
 mkdir -p "$work/checkpoints" "$work/bundles" "$work/results"
 PYTHON=$python "$here/fetch.sh" "$work/data"
 
@@ -29,7 +32,7 @@ evaluate() { # PYTHON RESULT MODEL...
     local interpreter=$1 result=$2
     shift 2
     "$interpreter" "$here/evaluate.py" "$@" --text "gpl3=$work/data/gpl3.txt" --text "alice=$work/data/alice29.txt" \
-        --threads "${THREADS:-2}" --prompts "${PROMPTS:-50}" --windows "${WINDOWS:-6}" > "$work/results/$result.json"
+        ${operators:+--custom-operators "$operators"} --threads "${THREADS:-2}" --prompts "${PROMPTS:-50}" --windows "${WINDOWS:-6}" > "$work/results/$result.json"
 }
 
 checkpoint smollm2
@@ -41,7 +44,12 @@ for source in smollm2 smollm2-rolled; do
     bundle $source $source-int8-block --precision int8-block
     bundle $source $source-int4 --precision int4
     bundle $source $source-int4-nearest --precision int4 --rounding nearest --calibration none
-    evaluate "$python" $source "$work/bundles/$source-"{fp32,int8,int8-plain,int8-block,int4,int4-nearest}
+    own=
+    if [ -n "$operators" ]; then
+        own="$work/bundles/$source-int8-cpu"
+        bundle $source $source-int8-cpu --precision int8 --target cpu
+    fi
+    evaluate "$python" $source "$work/bundles/$source-"{fp32,int8,int8-plain,int8-block,int4,int4-nearest} ${own:+"$own"}
 done
 
 [ -n "${PEERS:-}" ] || exit 0

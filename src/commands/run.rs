@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use recaption_export::Target;
 use serde_json::{Value, json};
 
 use crate::cli::RunArgs;
@@ -24,7 +25,11 @@ const SETTINGS_FILE: &str = "run.json";
 const SUMMARY_FILE: &str = "summary.json";
 /// Most captions in flight when the user does not say: on a CPU more bring little.
 const DEFAULT_SLOTS: usize = 16;
+/// The same of one engine with a bundle of target cpu, whose products gain up to twice as many.
+const OWN_OPERATORS_SLOTS: usize = 32;
 const DEFAULT_VISION_BATCH: usize = 4;
+/// Engines made for a bundle of target cpu where nobody says how many.
+const MAX_CPU_ENGINES: usize = 16;
 /// Share of the free memory that a run on the CPU plans for: other programs want some, and page caches.
 const CPU_UTILIZATION: f64 = 0.5;
 /// Most captions in flight on a GPU when the user does not say: beyond, a step takes longer by as much as it does more
@@ -85,12 +90,19 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
         ignore_eos: args.ignore_eos,
     };
     check_prompt(&bundle, &prompt, &stop_rule)?;
-    let choice = provider::choose(args.provider.into(), &args.device, args.engines.into(), &bundle.manifest)?;
+    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let num_threads = args.threads.map_or(num_cores, usize::from);
+    let cpu_engines = match (args.engines, bundle.manifest.header.target) {
+        (Some(count), _) => count.into(),
+        // Their kernels lose nothing on one thread, and nobody waits for anybody.
+        (None, Target::Cpu) => num_threads.min(MAX_CPU_ENGINES),
+        (None, Target::Ort | Target::TensorRt) => 1,
+    };
+    let choice = provider::choose(args.provider.into(), &args.device, cpu_engines, &bundle.manifest)?;
     if !args.quiet {
         let _ = writeln!(std::io::stderr(), "{}", choice.line());
     }
-    let engines = engine_options(&args, &bundle, &prompt, &stop_rule, &choice.devices)?;
-    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let engines = engine_options(&args, &bundle, &prompt, &stop_rule, (&choice.devices, num_threads))?;
     let sink = match &args.out {
         Some(folder) => Sink::Folder { folder: folder.clone(), format: args.format.into() },
         None => Sink::StandardOutput,
@@ -147,10 +159,8 @@ fn engine_options(
     bundle: &Bundle,
     prompt: &Prompt,
     stop_rule: &StopRule,
-    devices: &[Device],
+    (devices, num_threads): (&[Device], usize),
 ) -> Result<Vec<EngineOptions>> {
-    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let num_threads = args.threads.map_or(num_cores, usize::from);
     let prompt_length = prompt.len(bundle.manifest.vision.num_image_tokens);
     let lengths = (prompt_length, prompt_length + stop_rule.max_new_tokens);
     let options = |&device: &Device| -> Result<EngineOptions> {
@@ -158,7 +168,7 @@ fn engine_options(
         let plan = MemoryPlan::new(
             &bundle.manifest,
             device_memory(args, bundle, device, num_engines)?,
-            wanted(args, device),
+            wanted(args, device, bundle.manifest.header.target),
             lengths,
         )?;
         if !args.quiet {
@@ -203,8 +213,9 @@ fn device_memory(args: &RunArgs, bundle: &Bundle, device: Device, num_engines: u
     Ok(DeviceMemory { free_bytes, utilization, num_engines, is_gpu, has_two_decoders: is_two })
 }
 
-fn wanted(args: &RunArgs, device: Device) -> Wanted {
+fn wanted(args: &RunArgs, device: Device, target: Target) -> Wanted {
     let (max_slots, max_vision_batch) = match device {
+        Device::Cpu if target == Target::Cpu => (OWN_OPERATORS_SLOTS, 1),
         Device::Cpu => (DEFAULT_SLOTS, DEFAULT_VISION_BATCH),
         Device::Cuda(_) | Device::TensorRt(_) => (MAX_GPU_SLOTS, MAX_GPU_VISION_BATCH),
     };

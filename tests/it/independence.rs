@@ -1,10 +1,13 @@
 //! A caption does not depend on its slot, its neighbours, the batch or the engine: fp32 ids are the same.
 
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
 
+use recaption::export::{ExportOptions, Precision, Target, export};
 use serde_json::Value;
 
-use crate::support::{demo_bundle, demo_shard, parquet_rows, printed_rows, recaption, stderr};
+use crate::support::{demo_bundle, demo_shard, parquet_rows, printed_rows, recaption, root, stderr};
 
 /// Ids of each key under the given settings.
 fn ids(inputs: &[&str], extra: &[&str]) -> BTreeMap<String, Value> {
@@ -36,6 +39,47 @@ fn batched_captions_equal_those_made_one_at_a_time() {
     ] {
         assert_eq!(ids(&inputs, settings), alone, "{settings:?}");
     }
+}
+
+/// The bundle of target cpu: its captions, by key, with `cpu` as `RECAPTION_CPU`.
+fn cpu_ids(bundle: &Path, extra: &[&str], cpu: Option<&str>) -> BTreeMap<String, Value> {
+    let shard = demo_shard();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recaption"));
+    command.args(["run", shard.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--with-token-ids", "--quiet"]);
+    command.args(extra);
+    match cpu {
+        Some(level) => command.env("RECAPTION_CPU", level),
+        None => command.env_remove("RECAPTION_CPU"),
+    };
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let rows = printed_rows(&output);
+    rows.into_iter().map(|row| (row["key"].as_str().unwrap().to_owned(), row["token_ids"].clone())).collect()
+}
+
+#[test]
+fn captions_of_target_cpu_do_not_depend_on_company_threads_or_instruction_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = folder.path().join("bundle");
+    let options = ExportOptions { precision: Precision::Int8, target: Target::Cpu, ..ExportOptions::default() };
+    export(&root("models/demo"), &bundle, &options).unwrap();
+    let alone = cpu_ids(&bundle, &["--slots", "1", "--engines", "1"], None);
+    assert_eq!(alone.len(), 64);
+    for settings in [
+        &["--slots", "8", "--vision-batch", "3"][..],
+        &["--slots", "32", "--vision-batch", "32", "--engines", "1", "--threads", "3"],
+        &["--slots", "5", "--engines", "2"],
+    ] {
+        assert_eq!(cpu_ids(&bundle, settings, None), alone, "{settings:?}");
+    }
+    for level in ["portable", "avx2", "avxvnni", "avx512"] {
+        assert_eq!(cpu_ids(&bundle, &["--slots", "16"], Some(level)), alone, "{level}");
+    }
+    let args = ["run", "-", "--model", bundle.to_str().unwrap()];
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).env("RECAPTION_CPU", "sse9").output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("hint: leave RECAPTION_CPU unset"), "{}", stderr(&output));
 }
 
 #[test]

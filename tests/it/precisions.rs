@@ -120,6 +120,8 @@ fn every_precision_stays_near_the_logits_of_transformers() {
         (ExportOptions { activations: Some(Precision::Fp16), ..ort(Precision::Int8Block) }, 0.12),
         (ort(Precision::Int4), 0.38),
         (ExportOptions { vision_precision: Some(Precision::Int8), ..ort(Precision::Fp16) }, 0.06),
+        (options(Precision::Int8, Target::Cpu), 0.10),
+        (ExportOptions { calibration: Calibration::None, ..options(Precision::Int8, Target::Cpu) }, 0.12),
     ];
     for (options, bound) in cases {
         let (mean, worst) = logits_errors(&options);
@@ -152,6 +154,31 @@ fn quantised_bundles_caption_through_the_command_line() {
             }
         }
     }
+}
+
+/// The operators of target cpu take heads, widths and prompts of any size: every checkpoint's captions are the same bytes in any
+/// company, and most of their ids are transformers'.
+#[test]
+fn captions_of_target_cpu_are_the_same_in_any_company() {
+    let (mut num_alike, mut num_ids) = (0, 0);
+    for golden in Golden::all() {
+        let (_folder, bundle) = exported(&golden, &options(Precision::Int8, Target::Cpu));
+        let batched = golden.run_bundle(&bundle, &["--ignore-eos", "--slots", "8", "--vision-batch", "8"]);
+        let alone = golden.run_bundle(&bundle, &["--ignore-eos", "--slots", "1", "--threads", "3"]);
+        let engines = ["--ignore-eos", "--slots", "2", "--vision-batch", "1", "--engines", "2", "--threads", "2"];
+        let engines = golden.run_bundle(&bundle, &engines);
+        for (((row, alone), other), image) in batched.iter().zip(&alone).zip(&engines).zip(golden.images()) {
+            assert_eq!(row["status"], "ok", "{}: {}", golden.name, row["error"]);
+            assert_eq!(row["token_ids"], alone["token_ids"], "{}", golden.name);
+            assert_eq!(row["token_ids"], other["token_ids"], "{}", golden.name);
+            let (found, expected) = (integers(&row["token_ids"]), integers(&image["token_ids"]));
+            num_alike += found.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+            num_ids += expected.len();
+        }
+    }
+    println!("target cpu: {num_alike} of {num_ids} ids before the first difference");
+    // These weights are random, and every token nearly a tie: a mistake leaves next to none alike.
+    assert!(num_alike * 2 > num_ids, "{num_alike} of {num_ids}");
 }
 
 /// ONNX Runtime's CPU provider rounds as TensorRT does, and multiplies in floats.
@@ -192,9 +219,14 @@ fn what_does_not_go_together_is_refused_by_name() {
     let checkpoint = root("tests/data/checkpoints/published-f16");
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("bundle");
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["--precision", "int8", "--target", "tensorrt"], "--precision int8 is not supported: with --target tensorrt"),
         (&["--precision", "int4", "--target", "tensorrt"], "--precision int4 is not supported: with --target tensorrt"),
+        (&["--precision", "fp16", "--target", "cpu"], "--precision fp16 is not supported: with --target cpu"),
+        (
+            &["--precision", "int8", "--target", "cpu", "--reduce-range"],
+            "--reduce-range is not supported: with --target cpu",
+        ),
         (&["--precision", "fp8"], "--precision fp8 is not supported: with --target ort"),
         (
             &["--precision", "fp8", "--target", "tensorrt", "--calibration", "none"],

@@ -34,6 +34,15 @@ pub(crate) struct Tile<'a> {
     pub(crate) next: &'a [Step],
 }
 
+/// What a block's sums are multiplied by.
+#[derive(Clone, Copy)]
+pub(crate) enum Scales<'a> {
+    Rows(&'a [f32; ROWS]),
+    Columns(&'a [f32; COLUMNS]),
+    /// The product of the two, rounded.
+    Both(&'a [f32; ROWS], &'a [f32; COLUMNS]),
+}
+
 /// One instruction set's integer products.
 pub(crate) trait Dot {
     /// Fills the first `rows` (1 to [`ROWS`]) rows of `sums`.

@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::{LANES, Simd};
+use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
 use crate::level::Work;
 
 /// The proof that F, BW, DQ, VL and VNNI, with AVX2, FMA and F16C below them, are there.
@@ -27,6 +28,18 @@ macro_rules! has {
 }
 
 impl Simd for Avx512 {
+    #[inline(always)]
+    fn add_tile(
+        self,
+        rows: usize,
+        tile: Tile<'_>,
+        scales: Scales<'_>,
+        _sums: &mut Sums,
+        acc: &mut [[f32; COLUMNS]; ROWS],
+    ) {
+        self.add_product(rows, tile, scales, acc);
+    }
+
     type F = __m512;
     type I = __m512i;
     const ACCUMULATORS: usize = 24;

@@ -15,7 +15,7 @@ pub(crate) mod avx512;
 
 pub(crate) use portable::Portable;
 
-use crate::dot::Dot;
+use crate::dot::{COLUMNS, Dot, ROWS, Scales, Sums, Tile};
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -72,6 +72,30 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
     fn largest(self, v: Self::F) -> f32;
     /// The largest lane.
     fn largest_i32(self, v: Self::I) -> i32;
+
+    /// `acc = fma(sum, scale, acc)` for the first `rows` rows, with a tile's sums. `sums` is scratch.
+    #[inline(always)]
+    fn add_tile(
+        self,
+        rows: usize,
+        tile: Tile<'_>,
+        scales: Scales<'_>,
+        sums: &mut Sums,
+        acc: &mut [[f32; COLUMNS]; ROWS],
+    ) {
+        self.tile(rows, tile, sums);
+        for (r, (acc, sums)) in acc.iter_mut().zip(&*sums).enumerate().take(rows) {
+            let (acc, sums) = (acc.as_chunks_mut::<LANES>().0, sums.as_chunks::<LANES>().0);
+            for (i, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
+                let scale = match scales {
+                    Scales::Rows(rows) => self.splat(rows[r]),
+                    Scales::Columns(columns) => self.load(&columns.as_chunks().0[i]),
+                    Scales::Both(rows, columns) => self.mul(self.splat(rows[r]), self.load(&columns.as_chunks().0[i])),
+                };
+                self.store(self.fma(self.to_f32(self.load_i32(sums)), scale, self.load(acc)), acc);
+            }
+        }
+    }
 
     /// The first `from.len()` lanes (at most 16), zero in the others.
     #[inline(always)]
