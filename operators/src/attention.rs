@@ -145,7 +145,7 @@ impl Kernel for CachedAttentionKernel {
 impl CachedAttentionKernel {
     /// Which rows of this run go where: slot `i` of the cache has row `i` of the batch.
     fn set_sequences(&mut self, rows: usize, slots: usize, lengths: &[i32], new: &[i64]) -> ort::Result<()> {
-        if slots == 0 || rows % slots != 0 || lengths.len() != slots || new.len() != slots {
+        if slots == 0 || !rows.is_multiple_of(slots) || lengths.len() != slots || new.len() != slots {
             let (lengths, new) = (lengths.len(), new.len());
             return Err(refuse(format!("{rows} rows, {lengths} lengths and {new} counts for {slots} slots")));
         }
