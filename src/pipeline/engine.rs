@@ -1,6 +1,6 @@
 //! An engine: vision, projector, prefill and decode on one thread, taking preprocessed images and giving rows.
 //!
-//! Slots are refilled as soon as they are free: new images are encoded and prefilled between two decode steps. Several
+//! Slots are refilled as soon as they are free: all images that are ready are encoded and prefilled between two decode steps. Several
 //! engines may take from one channel; when one fails, its images go to the others.
 
 mod failing;
@@ -314,13 +314,18 @@ fn caption(captioner: &mut dyn Captioner, channels: &EngineChannels<'_>, returns
         if channels.abort.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let images = next_batch(captioner, &channels.images, returns);
+        let mut images = next_batch(captioner, &channels.images, returns);
         if images.is_empty() && captioner.num_active() == 0 {
             return Ok(());
         }
-        if !images.is_empty() {
+        // All free slots first: a decode step costs little more for many captions than for few.
+        while !images.is_empty() {
             captioner.start(images, &|stage| channels.enter(stage))?;
             send_finished(captioner, Stage::Prefill, channels)?;
+            if channels.abort.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            images = next_batch(captioner, &channels.images, returns);
         }
         if captioner.num_active() > 0 {
             channels.enter(Stage::Decode);
