@@ -4,7 +4,7 @@
 //! nothing else: not on what is computed beside it, nor on how many tokens went through the cache at a time. Scores are one
 //! chain of fused multiply-adds over the head's width; blocks of [`BLOCK`] keys, which begin at multiples of that, go one after
 //! the other into a softmax that is rescaled when a larger score turns up; values are one chain over the keys. What a row does
-//! not see is left out or has the weight 0, which adds nothing.
+//! not see is left out: a weight of 0 would still make NaN of values that are not finite.
 //!
 //! Keys lie in panels of 16 positions, `[max_len / 16][head_dim][16]`, so that a vector has the scores of 16 keys; values lie
 //! row by row, `[max_len][head_dim]`. Both are f16.
@@ -590,9 +590,10 @@ impl State {
                         products::<S, T, R, 1>(s, queries, &panels[panel * head_dim..], &mut scores, panel);
                     }
                 });
-                let mut factors = [1.0; 12];
+                let (mut factors, mut seen_of) = ([1.0; 12], [0; 12]);
                 for row in 0..rows {
-                    factors[row] = softmax(s, &mut scores[row], count, seen(first + row), &mut self.rows[first + row]);
+                    seen_of[row] = seen(first + row);
+                    factors[row] = softmax(s, &mut scores[row], count, seen_of[row], &mut self.rows[first + row]);
                 }
                 let width = self.padded / LANES;
                 let sums = &mut self.sums[first * self.padded..][..rows * self.padded];
@@ -600,10 +601,10 @@ impl State {
                 let values = &values[..count * width];
                 with_tile!(S, rows, R, C, {
                     for column in (0..width / C * C).step_by(C) {
-                        weigh::<S, T, R, C>(s, &scores, &factors, (values, sums), width, column);
+                        weigh::<S, T, R, C>(s, &scores, (&factors, &seen_of), (values, sums), width, column);
                     }
                     for column in width / C * C..width {
-                        weigh::<S, T, R, 1>(s, &scores, &factors, (values, sums), width, column);
+                        weigh::<S, T, R, 1>(s, &scores, (&factors, &seen_of), (values, sums), width, column);
                     }
                 });
             }
@@ -696,12 +697,13 @@ fn softmax<S: Simd>(
     factor[0]
 }
 
-/// Adds the block's values, weighted, to C columns of R rows, after these are multiplied by their factors.
+/// Adds the block's values, weighted, to C columns of R rows, after these are multiplied by their factors. A row gets those that
+/// it sees; the first row sees fewest.
 #[inline(always)]
 fn weigh<S: Simd, T: Element, const R: usize, const C: usize>(
     s: S,
     weights: &Scores,
-    factors: &[f32; 12],
+    (factors, seen): (&[f32; 12], &[usize; 12]),
     (values, sums): (&[[T; LANES]], &mut [[f32; LANES]]),
     width: usize,
     column: usize,
@@ -713,7 +715,8 @@ fn weigh<S: Simd, T: Element, const R: usize, const C: usize>(
             acc[r][c] = s.mul(s.load(&sums[r * width + column + c]), factor);
         }
     }
-    for (j, row) in values.chunks_exact(width).take(BLOCK).enumerate() {
+    let (of_all, of_some) = values.split_at(seen[0] * width);
+    for (j, row) in of_all.chunks_exact(width).take(BLOCK).enumerate() {
         let row = &row[column..][..C];
         let mut value = [s.splat(0.0); C];
         for c in 0..C {
@@ -723,6 +726,17 @@ fn weigh<S: Simd, T: Element, const R: usize, const C: usize>(
             let weight = s.splat(weights[r][j % BLOCK]);
             for c in 0..C {
                 acc[r][c] = s.fma(weight, value[c], acc[r][c]);
+            }
+        }
+    }
+    for (j, row) in (seen[0]..BLOCK).zip(of_some.chunks_exact(width)) {
+        let row = &row[column..][..C];
+        for r in 0..R {
+            if j < seen[r] {
+                let weight = s.splat(weights[r][j]);
+                for c in 0..C {
+                    acc[r][c] = s.fma(weight, T::load(s, &row[c]), acc[r][c]);
+                }
             }
         }
     }
