@@ -104,6 +104,9 @@ impl Kernel for CachedAttentionKernel {
         let packed = input(context, 0)?;
         let past = [input(context, 1)?, input(context, 2)?];
         let [slots, kv_heads, max_len, head_dim] = dims(&past[0])?;
+        if dims(&past[1])? != [slots, kv_heads, max_len, head_dim] {
+            return Err(refuse("keys and values of the cache have other dimensions"));
+        }
         let [rows, width] = dims(&packed)?;
         let heads = HeadDims { heads: self.num_heads, kv_heads: self.num_kv_heads, head_dim };
         let out_width = self.num_heads * head_dim;
@@ -145,7 +148,7 @@ impl Kernel for CachedAttentionKernel {
 impl CachedAttentionKernel {
     /// Which rows of this run go where: slot `i` of the cache has row `i` of the batch.
     fn set_sequences(&mut self, rows: usize, slots: usize, lengths: &[i32], new: &[i64]) -> ort::Result<()> {
-        if slots == 0 || !rows.is_multiple_of(slots) || lengths.len() != slots || new.len() != slots {
+        if slots == 0 || rows == 0 || !rows.is_multiple_of(slots) || lengths.len() != slots || new.len() != slots {
             let (lengths, new) = (lengths.len(), new.len());
             return Err(refuse(format!("{rows} rows, {lengths} lengths and {new} counts for {slots} slots")));
         }

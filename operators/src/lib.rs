@@ -63,22 +63,7 @@ unsafe impl Workers for SessionThreads<'_> {
             return (0..num_tasks).for_each(task);
         }
         // A batch for each task: they are large, and unequal.
-        let task = SharedTask(task);
-        self.context.par_for(num_tasks, num_tasks, |index| task.call(index)).expect("bug: a kernel without a context");
-    }
-}
-
-/// A task that threads may share, since it is [`Sync`].
-struct SharedTask<'t>(&'t (dyn Fn(usize) + Sync));
-
-// SAFETY: a shared reference to something that is `Sync`.
-unsafe impl Send for SharedTask<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for SharedTask<'_> {}
-
-impl SharedTask<'_> {
-    fn call(&self, index: usize) {
-        (self.0)(index);
+        self.context.par_for(num_tasks, num_tasks, task).expect("bug: a kernel without a context");
     }
 }
 
@@ -114,7 +99,8 @@ fn attribute<'a, T: ort::operator::FromKernelContext<'a>>(kernel: &KernelContext
 /// An attribute that is a count.
 fn count(kernel: &KernelContext<'_>, name: &str) -> ort::Result<usize> {
     let value: i64 = attribute(kernel, name)?;
-    usize::try_from(value).map_err(|_| refuse(format!("attribute `{name}`: {value}")))
+    // Within 32 bits, so that sizes made of two counts need no further care.
+    u32::try_from(value).map(|value| value as usize).map_err(|_| refuse(format!("attribute `{name}`: {value}")))
 }
 
 /// An input that the graph must have.

@@ -18,13 +18,18 @@ const API_VERSION: u32 = 22;
 pub unsafe extern "C" fn RegisterCustomOps(options: *mut OrtSessionOptions, base: *const OrtApiBase) -> OrtStatusPtr {
     // SAFETY: by contract; an API stays where it is.
     let api: Option<&'static OrtApi> = unsafe { ((*base).GetApi)(API_VERSION).as_ref() };
-    let Some(api) = api else { return OrtStatusPtr(std::ptr::null_mut()) };
-    ort::set_api(api.clone());
-    let fail = |reason: String| {
-        let reason = std::ffi::CString::new(reason).unwrap_or_default();
-        // SAFETY: a zero-terminated text, which is copied.
-        unsafe { (api.CreateStatus)(OrtErrorCode::ORT_FAIL, reason.as_ptr()) }
+    // SAFETY: as above; every version has the first API.
+    let first_api: Option<&'static OrtApi> = unsafe { ((*base).GetApi)(1).as_ref() };
+    let fail = |reason: String| match first_api {
+        Some(api) => {
+            let reason = std::ffi::CString::new(reason).unwrap_or_default();
+            // SAFETY: a zero-terminated text, which is copied.
+            unsafe { (api.CreateStatus)(OrtErrorCode::ORT_FAIL, reason.as_ptr()) }
+        }
+        None => OrtStatusPtr(std::ptr::null_mut()),
     };
+    let Some(api) = api else { return fail(format!("expected ONNX Runtime 1.{API_VERSION} or later")) };
+    ort::set_api(api.clone());
     let level = match Level::current() {
         Ok(level) => level,
         Err(error) => return fail(error.to_string()),

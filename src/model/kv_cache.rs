@@ -5,6 +5,7 @@
 //! Active captions fill slots `0..n` without gaps; [`KvCache::move_slot`] closes a gap when one ends.
 
 use recaption_export::{DataType, Dim, Manifest, Target};
+use recaption_kernels::KEY_PANEL;
 
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, TensorView};
@@ -40,12 +41,9 @@ pub(crate) struct CacheShape {
     pub(crate) head_dim: usize,
     pub(crate) dtype: DataType,
     pub(crate) is_in_place: bool,
-    /// Lengths are rounded up to a multiple of this.
+    /// Lengths are rounded up to a multiple of this: tokens whose keys lie together.
     pub(crate) length_multiple: usize,
 }
-
-/// Tokens whose keys lie together in the cache of target cpu.
-const CPU_LENGTH_MULTIPLE: usize = 16;
 
 impl CacheShape {
     /// # Errors
@@ -59,7 +57,7 @@ impl CacheShape {
                 head_dim: *head_dim,
                 dtype,
                 is_in_place: manifest.header.target.updates_cache_in_place(),
-                length_multiple: if manifest.header.target == Target::Cpu { CPU_LENGTH_MULTIPLE } else { 1 },
+                length_multiple: if manifest.header.target == Target::Cpu { KEY_PANEL } else { 1 },
             }),
             found => Err(Error::Setting {
                 reason: format!(

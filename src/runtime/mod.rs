@@ -1,4 +1,4 @@
-//! How graphs run: the only place that knows `ort`. Sessions, the buffers they read and write, and the bindings
+//! How graphs run: with `recaption-operators` the only place that knows `ort`. Sessions, the buffers they read and write, and the bindings
 //! between the two. No threads, no model.
 
 pub(crate) mod block;

@@ -146,6 +146,10 @@ mod tests {
         let expected = "`decoder` node `/GroupQueryAttention`: operator `com.microsoft.GroupQueryAttention` is not one of \
                         target tensorrt";
         assert_eq!(error.to_string(), expected);
+        let own = node("recaption", "QuantizedLinear");
+        assert!(check("decoder", std::slice::from_ref(&own), Target::Cpu).is_ok());
+        assert!(check("decoder", std::slice::from_ref(&own), Target::Ort).is_err());
+        assert!(check("decoder", &fused, Target::Cpu).is_err());
         // A standard name in another domain is another operator, and so is one with a subgraph.
         for foreign in [node(MICROSOFT, "Add"), node("", "If"), node("evil", "Add"), NodeProto::default()] {
             assert!(check("decoder", std::slice::from_ref(&foreign), Target::Ort).is_err(), "{foreign:?}");
