@@ -17,6 +17,7 @@ mod inspect;
 mod layouts;
 mod library;
 mod load;
+mod memory;
 mod parity;
 mod precisions;
 mod preprocessing;
