@@ -141,7 +141,7 @@ fn check(out: &Path, trial: &Trial, reference: &[Value]) {
 }
 
 fn setup(folder: &Path, default_tokens: u64) -> Trial {
-    let (images, shards) = (parameter("CRASH_IMAGES", 120), parameter("CRASH_SHARDS", 4));
+    let (images, shards) = (parameter("CRASH_IMAGES", 80), parameter("CRASH_SHARDS", 4));
     Trial {
         shards: make_shards(folder, images, shards),
         bundle: demo_bundle(),
