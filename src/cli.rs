@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use recaption_export::Precision;
+use recaption_export::{Precision, Target};
 
 use crate::model::TemplateChoice;
 use crate::model::prompt::DEFAULT_PROMPT;
@@ -23,6 +23,36 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// What is told on the way.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// Log events on standard error, for every command.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Logs")]
+pub struct LogArgs {
+    /// Log events from this level on: error, warn, info, debug, trace or off [default: warn]
+    ///
+    /// info tells of each shard, engine and failed image. Directives as of Rust's `tracing` work too: recaption=debug,ort=warn.
+    /// Example: --log-level info
+    #[arg(long, global = true, value_name = "LEVEL", env = "RECAPTION_LOG", hide_env_values = true, hide_short_help = true)]
+    pub log_level: Option<String>,
+    /// Form of all that goes to standard error: text, or json for one object a line
+    ///
+    /// With json, progress, warnings and errors are such objects too, and there is no progress bar. Example: --log-format json
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text, hide_short_help = true)]
+    pub log_format: LogFormat,
+}
+
+/// Forms of standard error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people
+    #[default]
+    Text,
+    /// JSON objects, one a line
+    Json,
 }
 
 /// The subcommands.
@@ -70,6 +100,14 @@ pub enum Command {
         recaption inspect bundles/llava-8b --verify\n  \
         recaption inspect bundles/llava-8b --json | jq .flops_per_image.total")]
     Inspect(InspectArgs),
+    /// Say how long captioning would take, on how many devices, and what it would cost
+    ///
+    /// From the arithmetic and the bytes that an image needs, over what the device can do at most, times the share of it that
+    /// practice reaches, assumed as a range. Nothing is run and no weights are needed: a checkpoint's config.json will do. docs/planning.md has the method and how far it is off.
+    #[command(after_long_help = "Examples:\n  \
+        recaption plan --model llava-llama-3-8b --device-kind h100-sxm --images 1.3e9 --devices 512 --price-per-hour 2.5\n  \
+        recaption plan --model bundles/llava-8b-fp8 --device-kind l40s --cores 8")]
+    Plan(PlanArgs),
 }
 
 /// `recaption export`.
@@ -206,6 +244,16 @@ pub enum TargetArg {
     Tensorrt,
     /// This project's own operators: int8 on the CPU, the fastest there
     Cpu,
+}
+
+impl From<TargetArg> for Target {
+    fn from(target: TargetArg) -> Self {
+        match target {
+            TargetArg::Ort => Self::Ort,
+            TargetArg::Tensorrt => Self::TensorRt,
+            TargetArg::Cpu => Self::Cpu,
+        }
+    }
 }
 
 /// `recaption run`.
@@ -379,6 +427,111 @@ pub struct InspectArgs {
     pub new_tokens: u32,
 }
 
+/// `recaption plan`.
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    /// A bundle's folder, a checkpoint's folder, a config.json, or one of llava-llama-3-8b, llava-1.5-7b, llava-1.5-13b
+    ///
+    /// Only dimensions are read. Example: --model bundles/llava-8b
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// A GPU of the table, for instance h100-sxm; a wrong name lists them all
+    ///
+    /// Rates are those of the makers' datasheets, without sparsity. Example: --device-kind a100-80
+    #[arg(long, value_name = "KIND", conflicts_with = "peak_tflops")]
+    pub device_kind: Option<String>,
+    /// Another GPU: dense fp16 rate in 10^12 operations a second
+    ///
+    /// With --bandwidth and --memory. Example: --peak-tflops 312 --bandwidth 2.0 --memory 80
+    #[arg(long, value_name = "TFLOPS", requires = "bandwidth", requires = "memory", value_parser = parse_positive)]
+    pub peak_tflops: Option<f64>,
+    /// Its dense fp8 rate, where it has that arithmetic
+    ///
+    /// Example: --peak-fp8-tflops 624
+    #[arg(long, value_name = "TFLOPS", requires = "peak_tflops", value_parser = parse_positive)]
+    pub peak_fp8_tflops: Option<f64>,
+    /// Its memory bandwidth in 10^12 bytes a second
+    ///
+    /// Example: --bandwidth 2.0
+    #[arg(long, value_name = "TB/S", requires = "peak_tflops", value_parser = parse_positive)]
+    pub bandwidth: Option<f64>,
+    /// Its memory in 10^9 bytes
+    ///
+    /// Example: --memory 80
+    #[arg(long, value_name = "GB", requires = "peak_tflops", value_parser = parse_positive)]
+    pub memory: Option<f64>,
+    /// Images to caption, as a number: 1000000 or 1.3e9
+    ///
+    /// Example: --images 1.3e9
+    #[arg(long, value_name = "N", value_parser = parse_images)]
+    pub images: Option<f64>,
+    /// Devices that share the images
+    ///
+    /// Example: --devices 512
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    pub devices: u64,
+    /// Price of one device for an hour, in any currency
+    ///
+    /// Example: --price-per-hour 2.5
+    #[arg(long, value_name = "PRICE", requires = "images", value_parser = parse_positive)]
+    pub price_per_hour: Option<f64>,
+    /// Precision that a checkpoint would be exported with [default: fp16]
+    ///
+    /// Not with a bundle, which has its own. Example: --precision fp8
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    /// Target that a checkpoint would be exported for [default: ort, or tensorrt for fp8]
+    ///
+    /// Example: --target tensorrt
+    #[arg(long, value_enum)]
+    pub target: Option<TargetArg>,
+    /// Tokens of text around the image [default: 40]
+    ///
+    /// The paper's prompt and its frame take about 40. Example: --prompt-tokens 100
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub prompt_tokens: Option<u32>,
+    /// Mean new tokens of a caption, its stop token among them [default: 64]
+    ///
+    /// The paper's captions have 49 words, about 64 tokens. Example: --new-tokens 100
+    #[arg(long, value_name = "N", value_parser = parse_mean_tokens)]
+    pub new_tokens: Option<f64>,
+    /// Most new tokens of a caption, which slots have room for [default: 128]
+    ///
+    /// Example: --max-new-tokens 64
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_new_tokens: Option<u32>,
+    /// Captions in flight per engine [default: as `recaption run` would take]
+    ///
+    /// Example: --slots 512
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub slots: Option<u16>,
+    /// Most images encoded and prefilled at once [default: as `recaption run` would take]
+    ///
+    /// Example: --vision-batch 8
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub vision_batch: Option<u16>,
+    /// Engines on each device [default: 1]
+    ///
+    /// Example: --engines 2
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub engines: Option<u16>,
+    /// Cores that each device has for reading and preprocessing [default: enough]
+    ///
+    /// Example: --cores 8
+    #[arg(long, value_name = "N", value_parser = parse_positive)]
+    pub cores: Option<f64>,
+    /// Share of the device's memory that may be used
+    ///
+    /// Example: --gpu-memory-utilization 0.8
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = parse_share)]
+    pub gpu_memory_utilization: f64,
+    /// Print JSON
+    ///
+    /// Sizes are bytes, rates per second, shares between 0 and 1. Example: --json
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Arguments of `recaption doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -439,6 +592,21 @@ impl From<ProviderArg> for ProviderChoice {
 fn parse_share(text: &str) -> Result<f64, String> {
     let share = text.parse::<f64>().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| format!("expected a number above 0 and up to 1, got `{text}`"))
+}
+
+fn parse_positive(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| *number > 0.0 && number.is_finite());
+    number.ok_or_else(|| format!("expected a number above 0, got `{text}`"))
+}
+
+fn parse_images(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (1.0..=1e15).contains(number));
+    number.map(f64::round).ok_or_else(|| format!("expected a number from 1 to 1e15, got `{text}`"))
+}
+
+fn parse_mean_tokens(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (1.0..=1e6).contains(number));
+    number.ok_or_else(|| format!("expected a number from 1 to 1e6, got `{text}`"))
 }
 
 fn parse_injection(text: &str) -> Result<(Stage, usize), String> {

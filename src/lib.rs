@@ -6,9 +6,11 @@
 pub mod analysis;
 pub mod cli;
 pub mod commands;
+pub mod console;
 pub mod error;
 pub mod model;
 pub mod pipeline;
+pub mod plan;
 pub mod runtime;
 pub mod stage;
 

@@ -3,6 +3,7 @@
 mod doctor;
 mod export;
 mod inspect;
+mod plan;
 mod provider;
 mod run;
 
@@ -52,6 +53,7 @@ pub fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Export(args) => export::execute(&args),
         Command::Inspect(args) => inspect::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
+        Command::Plan(args) => plan::execute(&args),
         Command::Run(args) => run::execute(args),
     }
 }

@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 
 use crate::cli::RunArgs;
 use crate::commands::{Outcome, provider};
+use crate::console::{print_error, print_line};
 use crate::error::{Error, Result};
-use crate::model::memory_plan::{DeviceMemory, MemoryPlan, Wanted};
+use crate::model::memory_plan::{DeviceMemory, MemoryPlan, ModelSizes, Wanted};
 use crate::model::sequence::StopRule;
 use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
@@ -23,20 +24,10 @@ use crate::runtime::{self, Device, host, load_library};
 
 const SETTINGS_FILE: &str = "run.json";
 const SUMMARY_FILE: &str = "summary.json";
-/// Most captions in flight when the user does not say: on a CPU more bring little.
-const DEFAULT_SLOTS: usize = 16;
-/// The same of one engine with a bundle of target cpu, whose products gain up to twice as many.
-const OWN_OPERATORS_SLOTS: usize = 32;
-const DEFAULT_VISION_BATCH: usize = 4;
 /// Engines made for a bundle of target cpu where nobody says how many.
 const MAX_CPU_ENGINES: usize = 16;
 /// Share of the free memory that a run on the CPU plans for: other programs want some, and page caches.
 const CPU_UTILIZATION: f64 = 0.5;
-/// Most captions in flight on a GPU when the user does not say: beyond, a step takes longer by as much as it does more
-/// (roofline of an H100: 989 TFLOP/s over 3.35 TB/s is 295 tokens a weight read).
-const MAX_GPU_SLOTS: usize = 256;
-/// Most images encoded and prefilled at once there: 16 x 640 tokens fill a GPU, more only make decode steps wait.
-const MAX_GPU_VISION_BATCH: usize = 16;
 
 pub(super) fn execute(args: RunArgs) -> anyhow::Result<Outcome> {
     let (is_quiet, is_json, out, overwrite) = (args.quiet, args.json, args.out.clone(), args.overwrite);
@@ -50,12 +41,9 @@ pub(super) fn execute(args: RunArgs) -> anyhow::Result<Outcome> {
         prepare_output(folder, &settings, overwrite)?;
     }
     let summary = run.run()?;
-    let mut stderr = std::io::stderr();
-    for damage in &summary.damaged_inputs {
-        let _ = writeln!(stderr, "error: {damage}");
-    }
+    summary.damaged_inputs.iter().for_each(|damage| print_error(damage, None));
     if !is_quiet {
-        let _ = writeln!(stderr, "{}", describe(&summary, out.as_deref()));
+        print_line(&describe(&summary, out.as_deref()));
     }
     if let Some(out) = &out {
         let path = out.join(SUMMARY_FILE);
@@ -100,7 +88,7 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
     };
     let choice = provider::choose(args.provider.into(), &args.device, cpu_engines, &bundle.manifest)?;
     if !args.quiet {
-        let _ = writeln!(std::io::stderr(), "{}", choice.line());
+        print_line(&choice.line());
     }
     let engines = engine_options(&args, &bundle, &prompt, &stop_rule, (&choice.devices, num_threads))?;
     let sink = match &args.out {
@@ -166,16 +154,16 @@ fn engine_options(
     let options = |&device: &Device| -> Result<EngineOptions> {
         let num_engines = devices.iter().filter(|other| other.gpu_index() == device.gpu_index()).count();
         let plan = MemoryPlan::new(
-            &bundle.manifest,
+            &ModelSizes::of(&bundle.manifest)?,
             device_memory(args, bundle, device, num_engines)?,
             wanted(args, device, bundle.manifest.header.target),
             lengths,
         )?;
         if !args.quiet {
             let MemoryPlan { num_slots, vision_batch, .. } = plan;
-            let line =
-                format!("{device}: {num_slots} captions in flight, {vision_batch} images at once; memory: {plan}");
-            let _ = writeln!(std::io::stderr(), "{line}");
+            print_line(&format!(
+                "{device}: {num_slots} captions in flight, {vision_batch} images at once; memory: {plan}"
+            ));
         }
         let is_gpu = device != Device::Cpu;
         Ok(EngineOptions {
@@ -214,16 +202,10 @@ fn device_memory(args: &RunArgs, bundle: &Bundle, device: Device, num_engines: u
 }
 
 fn wanted(args: &RunArgs, device: Device, target: Target) -> Wanted {
-    let (max_slots, max_vision_batch) = match device {
-        Device::Cpu if target == Target::Cpu => (OWN_OPERATORS_SLOTS, 1),
-        Device::Cpu => (DEFAULT_SLOTS, DEFAULT_VISION_BATCH),
-        Device::Cuda(_) | Device::TensorRt(_) => (MAX_GPU_SLOTS, MAX_GPU_VISION_BATCH),
-    };
     Wanted {
         num_slots: args.slots.map(usize::from),
         vision_batch: args.vision_batch.map(usize::from),
-        max_slots,
-        max_vision_batch,
+        ..Wanted::by_default(device != Device::Cpu, target)
     }
 }
 

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use crossbeam::select;
 
+use crate::console::print_warning;
 use crate::error::{Error, Result};
 use crate::model::sequence::{Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
@@ -24,7 +25,7 @@ pub(crate) use crate::pipeline::engine::returns::Returns;
 use crate::pipeline::generate::{Generator, GeneratorOptions};
 use crate::pipeline::panic_message;
 use crate::pipeline::preprocess::{PixelValues, PreprocessedImage};
-use crate::pipeline::progress::{Progress, print_line};
+use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Generated, Message, Row};
 use crate::pipeline::vision::{VisionEncoder, VisionOptions, decoder_device};
 use crate::runtime::session::SessionOptions;
@@ -292,7 +293,7 @@ pub(crate) fn run(
     };
     let images = captioner.abandon();
     let failure = format!("{} failed: {reason}", channels.name);
-    print_line(&format!("warning: {failure}; the other engines go on with its {} images in flight", images.len()));
+    print_warning(&format!("{failure}; the other engines go on with its {} images in flight", images.len()));
     channels.failures.lock().expect("bug: no engine panics with the lock held").push(failure);
     for mut image in images {
         image.num_failures += 1;

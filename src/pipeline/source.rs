@@ -198,6 +198,10 @@ impl Emitter<'_> {
         let name = candidates.find(|name| !self.names.contains(name)).expect("bug: numbers do not end");
         self.names.insert(name.clone());
         let finished = self.finished.get(&name).cloned();
+        match &finished {
+            Some(finished) => tracing::info!(shard = name, rows = finished.counts.rows, "shard is written already"),
+            None => tracing::info!(shard = name, "shard begun"),
+        }
         self.shard = finished.is_none().then(|| Arc::new(Shard { index: self.num_shards, name }));
         self.num_shards += 1;
         self.num_rows = 0;

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::model::Tokenizer;
 use crate::pipeline::progress::Progress;
-use crate::pipeline::row::{Message, Row, Shard};
+use crate::pipeline::row::{Failure, Message, Row, Shard};
 use crate::stage::Stage;
 
 pub use self::jsonl::row_to_json;
@@ -231,6 +231,8 @@ impl Writer<'_> {
             Format::Jsonl => jsonl::write(&path, &rows, self.options.with_token_ids)?,
         }
         self.committed.add(counts);
+        let Counts { rows, ok, failed, .. } = counts;
+        tracing::info!(shard = ended.shard.name, path = %path.display(), rows, ok, failed, "shard written");
         Ok(())
     }
 
@@ -263,6 +265,10 @@ fn detokenize(row: Row, options: &WriteOptions) -> Result<WrittenRow> {
         Ok(generated) => (Some(generated), None),
         Err(failure) => (None, Some(failure)),
     };
+    if let Some(Failure { stage, reason }) = &failure {
+        let (key, source) = (&draft.input.key, &draft.input.source);
+        tracing::info!(shard = draft.shard.name, key, source, %stage, reason, "image failed");
+    }
     let re_caption = match &generated {
         Some(generated) => Some(options.tokenizer.decode(&generated.token_ids)?.trim().to_owned()),
         None => None,

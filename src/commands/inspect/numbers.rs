@@ -1,17 +1,17 @@
 //! Numbers for people: three digits and a prefix.
 
 /// `1.90 GB`
-pub(super) fn bytes(count: u64) -> String {
+pub(in crate::commands) fn bytes(count: u64) -> String {
     scaled(count, ["B", "kB", "MB", "GB", "TB", "PB", "EB"])
 }
 
 /// `3.74 TFLOP`
-pub(super) fn flops(count: u64) -> String {
+pub(in crate::commands) fn flops(count: u64) -> String {
     scaled(count, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"])
 }
 
 /// `8.03 G`
-pub(super) fn count(count: u64) -> String {
+pub(in crate::commands) fn count(count: u64) -> String {
     scaled(count, ["", "k", "M", "G", "T", "P", "E"]).trim_end().to_owned()
 }
 
