@@ -52,6 +52,17 @@ pub enum Command {
         recaption run 'shards/{00000..00012}.tar' --model bundles/llava-8b --out captions\n  \
         find . -name '*.png' | recaption run - --model bundles/llava-8b --out captions --provider cuda")]
     Run(RunArgs),
+    /// Say where the time of a run goes, and how far that is from what the machine can do
+    ///
+    /// Captions INPUT as `run` does, with the same flags, and throws the captions away. Prints a table of the stages: how many
+    /// batches, how long they and their queues take, which stage limits the run; time to first token and per token; how much of
+    /// the machine's peaks for matrix products and for reading memory was used, which are measured at the end. Writes to
+    /// --out: profile.json (all numbers, for `recaption plan`), trace.json (open it at https://ui.perfetto.dev) and report.html
+    /// (one page with pictures, which loads nothing).
+    #[command(after_long_help = "Examples:\n  recaption profile photos/ --model bundles/llava-8b --out profile\n  \
+        recaption profile 'shards/{00000..00001}.tar' --model bundles/llava-8b --out profile --limit 2000\n  \
+        recaption profile photos/ --model bundles/llava-8b --out profile --ort-profile --limit 64")]
+    Profile(ProfileArgs),
     /// Say what this machine can caption with, and what is missing
     ///
     /// Looks for the ONNX Runtime library and its providers, NVIDIA's driver and libraries, GPUs, the processor's
@@ -230,6 +241,69 @@ pub struct RunArgs {
     /// Example: --format jsonl
     #[arg(long, value_enum, default_value_t = FormatArg::Parquet)]
     pub format: FormatArg,
+    /// Add the column token_ids
+    ///
+    /// Example: --with-token-ids
+    #[arg(long)]
+    pub with_token_ids: bool,
+    /// Start anew: delete the captions in --out first
+    ///
+    /// Example: --overwrite
+    #[arg(long, requires = "out")]
+    pub overwrite: bool,
+    /// Print summary.json to standard output at the end
+    ///
+    /// Example: --json
+    #[arg(long, requires = "out")]
+    pub json: bool,
+    /// How captions are made.
+    #[command(flatten)]
+    pub captioning: CaptioningArgs,
+}
+
+/// `recaption profile`.
+#[derive(Args, Debug)]
+pub struct ProfileArgs {
+    /// Images, folders, webdataset tars, brace ranges, or - for paths on standard input
+    #[arg(required = true, value_name = "INPUT")]
+    pub inputs: Vec<String>,
+    /// Folder of the bundle, made by `recaption export`
+    ///
+    /// Example: --model bundles/llava-8b
+    #[arg(long, value_name = "BUNDLE_DIR")]
+    pub model: PathBuf,
+    /// Folder for profile.json, trace.json and report.html; those of an earlier profile are replaced
+    ///
+    /// Captions are written there while the run goes on, as `run` writes them, and deleted at its end. Example: --out profile
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Add ONNX Runtime's own times of each operator, summed by the part of the model that it belongs to
+    ///
+    /// Measuring each operator takes time itself: look at the shares here, and at the stages without this flag.
+    /// Example: --ort-profile
+    #[arg(long)]
+    pub ort_profile: bool,
+    /// Leave out the measurement of the machine's peaks, and the shares of them
+    ///
+    /// Example: --no-peaks
+    #[arg(long)]
+    pub no_peaks: bool,
+    /// Print profile.json to standard output, not the table
+    ///
+    /// Example: --json
+    #[arg(long)]
+    pub json: bool,
+    /// Run without recording, to measure what recording costs
+    #[arg(long, hide = true)]
+    pub no_record: bool,
+    /// How captions are made.
+    #[command(flatten)]
+    pub captioning: CaptioningArgs,
+}
+
+/// How captions are made: what `run` and `profile` have in common.
+#[derive(Args, Debug)]
+pub struct CaptioningArgs {
     /// What runs the graphs
     ///
     /// The first line of a run says what it took. cuda and tensorrt run the vision tower and the projector of an fp32 bundle
@@ -263,11 +337,6 @@ pub struct RunArgs {
     /// For benchmarks. Example: --ignore-eos
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Add the column token_ids
-    ///
-    /// Example: --with-token-ids
-    #[arg(long)]
-    pub with_token_ids: bool,
     /// Captions in flight per engine
     ///
     /// Default: as many as fit into the memory, up to 16 on a CPU (32 with --target cpu) and 256 on a GPU, for each engine; the first lines of a run show the sum.
@@ -309,21 +378,11 @@ pub struct RunArgs {
     /// Example: --max-image-bytes 20000000
     #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
     pub max_image_bytes: u64,
-    /// Start anew: delete the captions in --out first
-    ///
-    /// Example: --overwrite
-    #[arg(long, requires = "out")]
-    pub overwrite: bool,
     /// Show no progress and no summary on standard error
     ///
     /// Example: --quiet
     #[arg(long, short)]
     pub quiet: bool,
-    /// Print summary.json to standard output at the end
-    ///
-    /// Example: --json
-    #[arg(long, requires = "out")]
-    pub json: bool,
     /// Share of a GPU's free memory that may be used
     ///
     /// The rest is for what cannot be planned. With --provider cuda or tensorrt. Example: --gpu-memory-utilization 0.8

@@ -9,6 +9,7 @@ pub mod commands;
 pub mod error;
 pub mod model;
 pub mod pipeline;
+pub mod profile;
 pub mod runtime;
 pub mod stage;
 

@@ -1,6 +1,6 @@
 //! `recaption inspect`.
 
-mod numbers;
+pub(super) mod numbers;
 mod report;
 mod table;
 

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::model::Tokenizer;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Message, Row, Shard};
+use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
 pub use self::jsonl::row_to_json;
@@ -157,10 +158,14 @@ pub(crate) struct WriteOptions {
 pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &Progress) -> Result<(Counts, u64)> {
     let mut writer =
         Writer { options, shards: BTreeMap::new(), num_printed_shards: 0, committed: Counts::default(), num_lost: 0 };
-    for message in rows {
+    while let Some(message) = recorder::receive(rows) {
         Stage::Write.enter();
+        let begun = recorder::begin();
+        let mut work = Work::default();
         let index = match message {
-            Message::Row(row) => {
+            Message::Row(mut row) => {
+                work = Work::IMAGE;
+                row.draft.times.is_taken(Stage::Write);
                 let (shard, index) = (row.draft.shard.index, row.draft.index);
                 let row = detokenize(*row, options)?;
                 progress.add_row(row.status == "ok");
@@ -177,6 +182,7 @@ pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &P
             Sink::StandardOutput => writer.print_ready()?,
             Sink::Folder { format, .. } => writer.commit_if_whole(index, *format)?,
         }
+        begun.end(Stage::Write, work);
     }
     let num_pending: usize = writer.shards.values().map(|shard| shard.rows.len()).sum();
     Ok((writer.committed, writer.num_lost + num_pending as u64))

@@ -30,6 +30,28 @@ pub(crate) fn open_files() -> Option<(u64, u64)> {
     Some((numbers.next()?, numbers.next()?))
 }
 
+/// Nanoseconds that the calling thread has been running.
+pub(crate) fn thread_cpu_ns() -> Option<u64> {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    stat.split_whitespace().next()?.parse().ok()
+}
+
+/// Seconds that all threads of this process have been running, ended ones too; exact to 10 ms.
+pub(crate) fn process_cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    cpu_ticks(&stat).map(|ticks| ticks as f64 / TICKS_PER_SECOND)
+}
+
+/// `USER_HZ`: what /proc counts in, on every architecture this runs on.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// User and system time of a line of /proc/PID/stat: fields 14 and 15. The name before may hold anything, also brackets.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    Some(ticks()? + ticks()?)
+}
+
 /// The processor's own name.
 pub(crate) fn processor_name() -> Option<String> {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").ok()?;
@@ -92,6 +114,13 @@ mod tests {
         assert_eq!(control_group_memory(folder.path()), Some(550));
         write("memory.current", "5000\n");
         assert_eq!(control_group_memory(folder.path()), Some(0));
+    }
+
+    #[test]
+    fn processor_time_is_read_behind_a_name_with_brackets() {
+        let stat = "7 (a) b) R 1 7 7 0 -1 4194560 114 0 0 0 250 31 0 0 20 0 1 0 4 5 6";
+        assert_eq!(cpu_ticks(stat), Some(281));
+        assert_eq!(cpu_ticks("7"), None);
     }
 
     #[cfg(target_os = "linux")]

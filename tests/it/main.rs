@@ -18,6 +18,7 @@ mod load;
 mod parity;
 mod precisions;
 mod preprocessing;
+mod profile;
 mod shards;
 mod shutdown;
 mod support;
