@@ -56,7 +56,8 @@ impl GraphContents {
 
         let data = manifest.file(&format!("{}.data", graph.file));
         let data_bytes = data.map_or(0, |file| file.size);
-        let (weight_bytes, read_bytes) = weight_bytes(proto, data.map(|file| (file.path.as_str(), file.size))).map_err(invalid)?;
+        let (weight_bytes, read_bytes) =
+            weight_bytes(proto, data.map(|file| (file.path.as_str(), file.size))).map_err(invalid)?;
         let opset = |domain: Option<&str>| match domain {
             None | Some("") => "ai.onnx".to_owned(),
             Some(domain) => domain.to_owned(),
@@ -140,10 +141,7 @@ fn shape(info: &ValueInfoProto) -> Option<Vec<Dim>> {
 
 /// Sums the initialisers by type, and those of them that are read whole; `data` is the name and size of the file that the large
 /// ones are in.
-fn weight_bytes(
-    graph: &GraphProto,
-    data: Option<(&str, u64)>,
-) -> Result<(BTreeMap<&'static str, u64>, u64), String> {
+fn weight_bytes(graph: &GraphProto, data: Option<(&str, u64)>) -> Result<(BTreeMap<&'static str, u64>, u64), String> {
     let readers = graph.node.iter().filter(|node| node.op_type.as_deref() != Some("Gather"));
     let read: HashSet<&str> = readers.flat_map(|node| node.input.iter().map(String::as_str)).collect();
     let (mut sums, mut read_bytes) = (BTreeMap::new(), 0_u64);

@@ -7,8 +7,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::cli::RunArgs;
-use crate::commands::captioning::{self, Request};
 use crate::commands::Outcome;
+use crate::commands::captioning::{self, Request};
 use crate::error::{Error, Result};
 use crate::model::{Bundle, Prompt};
 use crate::pipeline::write::{Format, Sink, write_atomically};

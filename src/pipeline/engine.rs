@@ -391,7 +391,8 @@ fn send_finished(captioner: &mut dyn Captioner, stage: Stage, channels: &EngineC
 }
 
 fn row(sequence: Sequence<PreprocessedImage>, stage: Stage) -> Row {
-    let Sequence { subject: PreprocessedImage { mut draft, .. }, token_ids, finish_reason, first_token_ns, .. } = sequence;
+    let Sequence { subject: PreprocessedImage { mut draft, .. }, token_ids, finish_reason, first_token_ns, .. } =
+        sequence;
     if let Some(reason) = finish_reason {
         recorder::end_caption(draft.times, first_token_ns, token_ids.len() + usize::from(reason == FinishReason::Stop));
     }

@@ -133,9 +133,7 @@ pub(crate) fn run(
         begun.end(Stage::Preprocess, Work::IMAGE);
         draft.times.is_queued();
         let is_sent = match outcome {
-            Ok(()) => {
-                recorder::send(preprocessed, PreprocessedImage { draft, pixel_values, num_failures: 0 }).is_ok()
-            }
+            Ok(()) => recorder::send(preprocessed, PreprocessedImage { draft, pixel_values, num_failures: 0 }).is_ok(),
             Err(reason) => recorder::send(rows, draft.fail(Stage::Preprocess, reason).into()).is_ok(),
         };
         // A closed channel means that the run is failing elsewhere.

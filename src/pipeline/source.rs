@@ -216,7 +216,14 @@ impl Emitter<'_> {
     /// Sends one image, or the failed row of an image whose bytes could not be had.
     fn push(&mut self, input: InputColumns, bytes: Result<Vec<u8>, String>) {
         let Some(shard) = self.shard.clone().filter(|_| !self.is_done()) else { return };
-        let mut draft = RowDraft { shard, index: self.num_rows, input, dimensions: None, image_sha256: None, times: ImageTimes::default() };
+        let mut draft = RowDraft {
+            shard,
+            index: self.num_rows,
+            input,
+            dimensions: None,
+            image_sha256: None,
+            times: ImageTimes::default(),
+        };
         Stage::Source.enter();
         self.num_rows += 1;
         self.remaining -= 1;
@@ -226,7 +233,9 @@ impl Emitter<'_> {
         // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
         let _ = match bytes {
             Ok(bytes) => recorder::send(&self.channels.records, ImageRecord { draft, bytes }).map_err(|_| ()),
-            Err(reason) => recorder::send(&self.channels.rows, draft.fail(Stage::Source, reason).into()).map_err(|_| ()),
+            Err(reason) => {
+                recorder::send(&self.channels.rows, draft.fail(Stage::Source, reason).into()).map_err(|_| ())
+            }
         };
         self.reading = recorder::begin();
     }

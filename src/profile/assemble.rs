@@ -112,8 +112,7 @@ pub fn assemble(
     peaks: Option<Peaks>,
 ) -> Result<Profile> {
     let Setup { bundle, settings } = setup;
-    let stages: Vec<StageProfile> =
-        Stage::ALL.into_iter().map(|stage| stage_profile(stage, &records.tracks)).collect();
+    let stages: Vec<StageProfile> = Stage::ALL.into_iter().map(|stage| stage_profile(stage, &records.tracks)).collect();
     let tracks: Vec<TrackProfile> = records.tracks.iter().map(track_profile).collect();
     let queues = queues(records);
     let captions = captions(&records.tracks);
@@ -121,9 +120,8 @@ pub fn assemble(
     let (vision, prefill, decode) = (of(Stage::Vision), of(Stage::Prefill), of(Stage::Decode));
     let wall_seconds = summary.run_seconds;
     let run = run_totals(summary, cpu_seconds, &settings, [prefill, decode]);
-    let utilisation = peaks
-        .as_ref()
-        .map(|peaks| utilisation(&bundle, &settings, [vision, prefill, decode], wall_seconds, peaks));
+    let utilisation =
+        peaks.as_ref().map(|peaks| utilisation(&bundle, &settings, [vision, prefill, decode], wall_seconds, peaks));
     Ok(Profile {
         version: PROFILE_VERSION,
         recaption: env!("CARGO_PKG_VERSION").to_owned(),
@@ -251,8 +249,8 @@ fn run_totals(
 fn occupancy(settings: &Settings, tracks: &[Track], [vision, decode]: [&StageProfile; 2]) -> Occupancy {
     let of_decode = totals(Stage::Decode, tracks);
     // Engines are alike, or as good as: those of one run have one plan for each device.
-    let num_slots =
-        settings.engines.iter().map(|engine| engine.num_slots).sum::<usize>() as f64 / settings.engines.len().max(1) as f64;
+    let num_slots = settings.engines.iter().map(|engine| engine.num_slots).sum::<usize>() as f64
+        / settings.engines.len().max(1) as f64;
     let padding = |stage: &StageProfile| match stage.padded_images {
         0 => 0.0,
         padded => 1.0 - stage.num_images as f64 / padded as f64,

@@ -607,8 +607,13 @@ mod tests {
 
     #[test]
     fn time_per_token_is_that_of_the_tokens_after_the_first() {
-        let times =
-            |num_tokens| CaptionTimes { read_ns: 10, taken_ns: 30, first_token_ns: 100, last_token_ns: 400, num_tokens };
+        let times = |num_tokens| CaptionTimes {
+            read_ns: 10,
+            taken_ns: 30,
+            first_token_ns: 100,
+            last_token_ns: 400,
+            num_tokens,
+        };
         assert_eq!((times(4).ttft_ns(), times(4).ttft_in_engine_ns(), times(4).tpot_ns()), (90, 70, Some(100)));
         assert_eq!((times(1).tpot_ns(), times(0).tpot_ns()), (None, None));
     }

@@ -109,16 +109,12 @@ fn timeline(profile: &Profile, records: &Records) -> Timeline {
     let num_slices: usize = tracks.iter().map(|track| slices(track, origin_ns).count()).sum();
     let lane = |track: &&Track| {
         let all = slices(track, origin_ns);
-        let slices = if num_slices > MAX_SLICES {
-            pieces(all, microseconds(end_ns - origin_ns))
-        } else {
-            all.collect()
-        };
+        let slices =
+            if num_slices > MAX_SLICES { pieces(all, microseconds(end_ns - origin_ns)) } else { all.collect() };
         Lane { name: track.name.clone(), slices }
     };
-    let capacity = |stage: Stage| {
-        profile.queues.iter().find(|queue| queue.stage == stage.name()).map(|queue| queue.capacity)
-    };
+    let capacity =
+        |stage: Stage| profile.queues.iter().find(|queue| queue.stage == stage.name()).map(|queue| queue.capacity);
     let queues = [Stage::Load, Stage::Preprocess, Stage::Vision, Stage::Write].map(|stage| {
         let looks = |span: &Span| match span.stage {
             // Engines look at their queue before each step.

@@ -50,7 +50,8 @@ fn microseconds(nanoseconds: u64) -> f64 {
 }
 
 fn write_track(events: &mut Events<'_>, thread: u32, track: &Track, origin_ns: u64) -> std::io::Result<()> {
-    let metadata = |name: &str, args: Value| json!({"ph": "M", "pid": PROCESS, "tid": thread, "name": name, "args": args});
+    let metadata =
+        |name: &str, args: Value| json!({"ph": "M", "pid": PROCESS, "tid": thread, "name": name, "args": args});
     events.write(&metadata("thread_name", json!({"name": track.name})))?;
     events.write(&metadata("thread_sort_index", json!({"sort_index": sort_index(track)})))?;
     for span in &track.spans {
@@ -61,7 +62,13 @@ fn write_track(events: &mut Events<'_>, thread: u32, track: &Track, origin_ns: u
             })
         };
         if span.waited_ns > 0 {
-            events.write(&slice("wait for input", "wait", span.start_ns - span.waited_ns, span.waited_ns, json!({})))?;
+            events.write(&slice(
+                "wait for input",
+                "wait",
+                span.start_ns - span.waited_ns,
+                span.waited_ns,
+                json!({}),
+            ))?;
         }
         let work = span.work;
         let args = json!({

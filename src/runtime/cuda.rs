@@ -249,8 +249,7 @@ impl CudaTimer {
     pub(super) fn elapsed_ns(&self) -> Result<u64> {
         let (runtime, mut milliseconds) = (self.begin.runtime, 0.0_f32);
         // SAFETY: both events are alive; the number is written on success.
-        let status =
-            unsafe { (runtime.event_elapsed_time)(&raw mut milliseconds, self.begin.handle, self.end.handle) };
+        let status = unsafe { (runtime.event_elapsed_time)(&raw mut milliseconds, self.begin.handle, self.end.handle) };
         runtime.check("read a CUDA event", status)?;
         Ok((f64::from(milliseconds) * 1e6) as u64)
     }

@@ -167,10 +167,7 @@ impl Product {
         let [left, weights, product] = operands.types();
         let value = |name: &str, data_type: DataType, shape: [usize; 2]| {
             let dim = shape.map(|size| DimensionProto { value: Some(Dimension::Value(size as i64)) }).to_vec();
-            let tensor = TensorTypeProto {
-                elem_type: Some(data_type as i32),
-                shape: Some(TensorShapeProto { dim }),
-            };
+            let tensor = TensorTypeProto { elem_type: Some(data_type as i32), shape: Some(TensorShapeProto { dim }) };
             ValueInfoProto { name: Some(name.to_owned()), r#type: Some(TypeProto { tensor_type: Some(tensor) }) }
         };
         let values = (0..inner * columns).map(|i| weight(i / columns, i % columns));

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Result;
 use crate::runtime::buffer::Buffer;
-use crate::runtime::cuda::{CudaStream, CudaTimer};
 pub(crate) use crate::runtime::cuda::Rows;
+use crate::runtime::cuda::{CudaStream, CudaTimer};
 use crate::runtime::provider::Device;
 
 /// Copies and graph runs, in the order they were asked for.

@@ -8,7 +8,9 @@ use recaption::profile::Profile;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{copy_folder, demo_bundle, demo_shard, edit_json, parquet_rows, read_json, recaption, root, stderr};
+use crate::support::{
+    copy_folder, demo_bundle, demo_shard, edit_json, parquet_rows, read_json, recaption, root, stderr,
+};
 
 /// Time of a thread that no span accounts for, as a share of its own.
 const MAX_OTHER_SHARE: f64 = 0.03;

@@ -92,9 +92,8 @@ fn tracks(profile: &Profile, text: &mut String) -> std::fmt::Result {
         let share = |seconds: f64| percent(seconds / track.wall_seconds.max(1e-9));
         // In the order of the data, not of the alphabet.
         let order = profile.stages.iter().map(|stage| &stage.stage);
-        let mut parts: Vec<String> = order
-            .filter_map(|stage| Some(format!("{stage} {}", share(*track.stages.get(stage)?))))
-            .collect();
+        let mut parts: Vec<String> =
+            order.filter_map(|stage| Some(format!("{stage} {}", share(*track.stages.get(stage)?)))).collect();
         let rest = [
             ("waiting for input", track.waited_seconds),
             ("waiting for room", track.blocked_seconds),
@@ -139,8 +138,13 @@ fn utilisation(profile: &Profile, text: &mut String) -> std::fmt::Result {
     parts.extend(peaks.int8.as_ref().map(|peak| format!("of int8 {}", rate(peak, "FLOP"))));
     parts.push(format!("reading memory {}", rate(&peaks.memory_read, "B")));
     writeln!(text, "peaks on {} threads: {}", peaks.num_threads, parts.join(", "))?;
-    writeln!(text, "{:<11}{:>12}{:>12}{:>9}{:>11}{:>10}", "of them", "FLOP/s", "bytes/s", "FLOP", "bandwidth", "roofline")?;
-    let stages = [("vision", &found.vision), ("prefill", &found.prefill), ("decode", &found.decode), ("run", &found.run)];
+    writeln!(
+        text,
+        "{:<11}{:>12}{:>12}{:>9}{:>11}{:>10}",
+        "of them", "FLOP/s", "bytes/s", "FLOP", "bandwidth", "roofline"
+    )?;
+    let stages =
+        [("vision", &found.vision), ("prefill", &found.prefill), ("decode", &found.decode), ("run", &found.run)];
     for (name, StageUtilisation { flops, bytes: read, seconds, mfu, bandwidth, roofline }) in stages {
         let per_second = |amount: f64| amount / seconds.max(1e-9);
         writeln!(
@@ -168,7 +172,8 @@ fn operators(profile: &Profile, text: &mut String) -> std::fmt::Result {
     for RegionProfile { graph, region, num_calls, seconds, share, operators } in &operators.regions {
         let mut kinds: Vec<_> = operators.iter().collect();
         kinds.sort_by(|a, b| b.1.total_cmp(a.1));
-        let kinds: Vec<String> = kinds.iter().take(3).map(|(name, time)| format!("{name} {}", duration(**time))).collect();
+        let kinds: Vec<String> =
+            kinds.iter().take(3).map(|(name, time)| format!("{name} {}", duration(**time))).collect();
         writeln!(
             text,
             "{:<26}{:>9}{:>9}{:>10} calls: {}",

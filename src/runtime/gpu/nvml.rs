@@ -163,8 +163,7 @@ mod tests {
 
         let meter = Meter::with_library(library.as_os_str()).unwrap();
         assert_eq!(meter.name(0).unwrap(), "NVIDIA H100 80GB HBM3");
-        let expected =
-            Sample { utilisation: 0.93, memory_utilisation: 0.41, watts: 612.5, memory_bytes: 899_345_920 };
+        let expected = Sample { utilisation: 0.93, memory_utilisation: 0.41, watts: 612.5, memory_bytes: 899_345_920 };
         assert_eq!(meter.sample(1).unwrap(), expected);
     }
 
