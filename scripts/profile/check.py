@@ -2,9 +2,9 @@
 
     scripts/profile/check.py BUNDLE INPUT... [flags of `recaption profile`]
 
-Each round runs `profile` with recording and without, in turns, else alike. Prints, in Markdown: the wall time
-of the process beside what the profile says of itself, each engine's wall time beside the sum of its parts, and
-the processor time with recording over that without, pair by pair.
+Each round runs `profile` with recording and without, in turns, else alike. Prints, in Markdown: the wall
+time of the process beside what the profile says of itself, each engine's wall time beside the sum of its
+parts, and the processor time with recording over that without, pair by pair.
 """
 
 from __future__ import annotations
