@@ -1,11 +1,13 @@
 //! The command line: what the user types, and the help that teaches it.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use recaption_export::{Precision, Target};
 
+use crate::live;
 use crate::model::TemplateChoice;
 use crate::model::prompt::DEFAULT_PROMPT;
 use crate::pipeline::engine::Injection;
@@ -82,6 +84,17 @@ pub enum Command {
         recaption run 'shards/{00000..00012}.tar' --model bundles/llava-8b --out captions\n  \
         find . -name '*.png' | recaption run - --model bundles/llava-8b --out captions --provider cuda")]
     Run(RunArgs),
+    /// Say where the time of a run goes, and how far that is from what the machine can do
+    ///
+    /// Captions INPUT as `run` does, with the same flags, and throws the captions away. Prints a table of the stages: how many
+    /// batches, how long they and their queues take, which stage limits the run; time to first token and per token; how much of
+    /// the machine's peaks for matrix products and for reading memory was used, which are measured at the end. Writes to
+    /// --out: profile.json (all numbers, for `recaption plan`), trace.json (open it at https://ui.perfetto.dev) and report.html
+    /// (one page with pictures, which loads nothing).
+    #[command(after_long_help = "Examples:\n  recaption profile photos/ --model bundles/llava-8b --out profile\n  \
+        recaption profile 'shards/{00000..00001}.tar' --model bundles/llava-8b --out profile --limit 2000\n  \
+        recaption profile photos/ --model bundles/llava-8b --out profile --ort-profile --limit 64")]
+    Profile(ProfileArgs),
     /// Say what this machine can caption with, and what is missing
     ///
     /// Looks for the ONNX Runtime library and its providers, NVIDIA's driver and libraries, GPUs, the processor's
@@ -103,10 +116,12 @@ pub enum Command {
     /// Say how long captioning would take, on how many devices, and what it would cost
     ///
     /// From the arithmetic and the bytes that an image needs, over what the device can do at most, times the share of it that
-    /// practice reaches, assumed as a range. Nothing is run and no weights are needed: a checkpoint's config.json will do. docs/planning.md has the method and how far it is off.
+    /// practice reaches: assumed as a range, or measured on this or another machine by `recaption profile` (--from). Nothing is
+    /// run and no weights are needed: a checkpoint's config.json will do. docs/planning.md has the method and how far it is off.
     #[command(after_long_help = "Examples:\n  \
         recaption plan --model llava-llama-3-8b --device-kind h100-sxm --images 1.3e9 --devices 512 --price-per-hour 2.5\n  \
-        recaption plan --model bundles/llava-8b-fp8 --device-kind l40s --cores 8")]
+        recaption plan --model bundles/llava-8b-fp8 --device-kind l40s --cores 8\n  \
+        recaption plan --from profiles/today/profile.json --images 1e6 --new-tokens 80")]
     Plan(PlanArgs),
 }
 
@@ -278,6 +293,75 @@ pub struct RunArgs {
     /// Example: --format jsonl
     #[arg(long, value_enum, default_value_t = FormatArg::Parquet)]
     pub format: FormatArg,
+    /// Add the column token_ids
+    ///
+    /// Example: --with-token-ids
+    #[arg(long)]
+    pub with_token_ids: bool,
+    /// Start anew: delete the captions in --out first
+    ///
+    /// Example: --overwrite
+    #[arg(long, requires = "out")]
+    pub overwrite: bool,
+    /// Print summary.json to standard output at the end
+    ///
+    /// Example: --json
+    #[arg(long, requires = "out")]
+    pub json: bool,
+    /// Serve Prometheus metrics of the run, at a port on loopback or at an address
+    ///
+    /// Rows, tokens, queues, slots and times, at /metrics; docs/metrics.md lists them. Port 0 is any that is free. Example:
+    /// --metrics 9090
+    #[arg(long, value_name = "PORT|ADDR", value_parser = live::parse_address)]
+    pub metrics: Option<SocketAddr>,
+    /// How captions are made.
+    #[command(flatten)]
+    pub captioning: CaptioningArgs,
+}
+
+/// `recaption profile`.
+#[derive(Args, Debug)]
+pub struct ProfileArgs {
+    /// Images, folders, webdataset tars, brace ranges, or - for paths on standard input
+    #[arg(required = true, value_name = "INPUT")]
+    pub inputs: Vec<String>,
+    /// Folder of the bundle, made by `recaption export`
+    ///
+    /// Example: --model bundles/llava-8b
+    #[arg(long, value_name = "BUNDLE_DIR")]
+    pub model: PathBuf,
+    /// Folder for profile.json, trace.json and report.html; those of an earlier profile are replaced
+    ///
+    /// Captions are written there while the run goes on, as `run` writes them, and deleted at its end. Example: --out profile
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Add ONNX Runtime's own times of each operator, summed by the part of the model that it belongs to
+    ///
+    /// Measuring each operator takes time itself: look at the shares here, and at the stages without this flag.
+    /// Example: --ort-profile
+    #[arg(long)]
+    pub ort_profile: bool,
+    /// Leave out the measurement of the machine's peaks, and the shares of them
+    ///
+    /// Example: --no-peaks
+    #[arg(long)]
+    pub no_peaks: bool,
+    /// Print profile.json to standard output, not the table
+    ///
+    /// Example: --json
+    #[arg(long)]
+    pub json: bool,
+    /// Run without recording, to measure what recording costs
+    #[arg(long, hide = true)]
+    pub no_record: bool,
+    /// How captions are made.
+    #[command(flatten)]
+    pub captioning: CaptioningArgs,
+}
+
+/// How captions are made: what `run` and `profile` have in common.
+#[derive(Args, Debug)]
+pub struct CaptioningArgs {
     /// What runs the graphs
     ///
     /// The first line of a run says what it took. cuda and tensorrt run the vision tower and the projector of an fp32 bundle
@@ -311,11 +395,6 @@ pub struct RunArgs {
     /// For benchmarks. Example: --ignore-eos
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Add the column token_ids
-    ///
-    /// Example: --with-token-ids
-    #[arg(long)]
-    pub with_token_ids: bool,
     /// Captions in flight per engine
     ///
     /// Default: as many as fit into the memory, up to 16 on a CPU (32 with --target cpu) and 256 on a GPU, for each engine; the first lines of a run show the sum.
@@ -357,21 +436,11 @@ pub struct RunArgs {
     /// Example: --max-image-bytes 20000000
     #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
     pub max_image_bytes: u64,
-    /// Start anew: delete the captions in --out first
-    ///
-    /// Example: --overwrite
-    #[arg(long, requires = "out")]
-    pub overwrite: bool,
     /// Show no progress and no summary on standard error
     ///
     /// Example: --quiet
     #[arg(long, short)]
     pub quiet: bool,
-    /// Print summary.json to standard output at the end
-    ///
-    /// Example: --json
-    #[arg(long, requires = "out")]
-    pub json: bool,
     /// Share of a GPU's free memory that may be used
     ///
     /// The rest is for what cannot be planned. With --provider cuda or tensorrt. Example: --gpu-memory-utilization 0.8
@@ -430,15 +499,15 @@ pub struct InspectArgs {
 /// `recaption plan`.
 #[derive(Args, Debug)]
 pub struct PlanArgs {
-    /// A bundle's folder, a checkpoint's folder, a config.json, or one of llava-llama-3-8b, llava-1.5-7b, llava-1.5-13b
+    /// A bundle's folder, a checkpoint's folder, a config.json, or one of llava-llama-3-8b, llava-1.5-7b, llava-1.5-13b [default: that of --from]
     ///
     /// Only dimensions are read. Example: --model bundles/llava-8b
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
+    #[arg(long, value_name = "MODEL", required_unless_present = "from")]
+    pub model: Option<String>,
     /// A GPU of the table, for instance h100-sxm; a wrong name lists them all
     ///
     /// Rates are those of the makers' datasheets, without sparsity. Example: --device-kind a100-80
-    #[arg(long, value_name = "KIND", conflicts_with = "peak_tflops")]
+    #[arg(long, value_name = "KIND", conflicts_with_all = ["measure", "peak_tflops"])]
     pub device_kind: Option<String>,
     /// Another GPU: dense fp16 rate in 10^12 operations a second
     ///
@@ -460,6 +529,17 @@ pub struct PlanArgs {
     /// Example: --memory 80
     #[arg(long, value_name = "GB", requires = "peak_tflops", value_parser = parse_positive)]
     pub memory: Option<f64>,
+    /// This machine's processor: measures what it can do, some seconds long
+    ///
+    /// As `recaption profile` does. Example: --measure
+    #[arg(long)]
+    pub measure: bool,
+    /// Scale from this run: a profile.json of `recaption profile`
+    ///
+    /// The device is the profile's, unless --device-kind names another of its sort; lengths, slots and batches are the profile's
+    /// where nothing else is said. Example: --from profiles/today/profile.json
+    #[arg(long, value_name = "FILE", conflicts_with = "measure")]
+    pub from: Option<PathBuf>,
     /// Images to caption, as a number: 1000000 or 1.3e9
     ///
     /// Example: --images 1.3e9
@@ -485,17 +565,17 @@ pub struct PlanArgs {
     /// Example: --target tensorrt
     #[arg(long, value_enum)]
     pub target: Option<TargetArg>,
-    /// Tokens of text around the image [default: 40]
+    /// Tokens of text around the image [default: 40, or the profile's]
     ///
     /// The paper's prompt and its frame take about 40. Example: --prompt-tokens 100
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub prompt_tokens: Option<u32>,
-    /// Mean new tokens of a caption, its stop token among them [default: 64]
+    /// Mean new tokens of a caption, its stop token among them [default: 64, or the profile's]
     ///
     /// The paper's captions have 49 words, about 64 tokens. Example: --new-tokens 100
     #[arg(long, value_name = "N", value_parser = parse_mean_tokens)]
     pub new_tokens: Option<f64>,
-    /// Most new tokens of a caption, which slots have room for [default: 128]
+    /// Most new tokens of a caption, which slots have room for [default: 128, or the profile's]
     ///
     /// Example: --max-new-tokens 64
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -510,7 +590,7 @@ pub struct PlanArgs {
     /// Example: --vision-batch 8
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub vision_batch: Option<u16>,
-    /// Engines on each device [default: 1]
+    /// Engines on each device [default: 1, the profile's, or one per core with --target cpu]
     ///
     /// Example: --engines 2
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]

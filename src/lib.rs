@@ -8,9 +8,11 @@ pub mod cli;
 pub mod commands;
 pub mod console;
 pub mod error;
+pub mod live;
 pub mod model;
 pub mod pipeline;
 pub mod plan;
+pub mod profile;
 pub mod runtime;
 pub mod stage;
 

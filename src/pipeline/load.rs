@@ -24,6 +24,7 @@ use thiserror::Error;
 use crate::pipeline::panic_message;
 use crate::pipeline::row::{Message, RowDraft};
 use crate::pipeline::source::ImageRecord;
+use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
 pub use probe::Format;
@@ -41,16 +42,21 @@ pub(crate) fn run(
     rows: &Sender<Message>,
     limits: &LoadLimits,
 ) {
-    for ImageRecord { mut draft, bytes } in records {
+    while let Some(ImageRecord { mut draft, bytes }) = recorder::receive(records) {
         Stage::Load.enter();
+        draft.times.is_taken(Stage::Load);
+        let begun = recorder::begin();
         draft.image_sha256 = Some(hex(&Sha256::digest(&bytes)));
         draft.dimensions = stored_dimensions(&bytes);
-        let is_sent = match load(&bytes, limits) {
+        let image = load(&bytes, limits);
+        begun.end(Stage::Load, Work::IMAGE);
+        draft.times.is_queued();
+        let is_sent = match image {
             Ok(image) => {
                 draft.dimensions = Some((image.stored_width, image.stored_height));
-                loaded.send(LoadedImage { draft, image }).is_ok()
+                recorder::send(loaded, LoadedImage { draft, image }).is_ok()
             }
-            Err(reason) => rows.send(draft.fail(Stage::Load, reason).into()).is_ok(),
+            Err(reason) => recorder::send(rows, draft.fail(Stage::Load, reason).into()).is_ok(),
         };
         // A closed channel means that the run is failing elsewhere.
         if !is_sent {

@@ -19,6 +19,7 @@ use crate::pipeline::pool::{BufferPool, PooledBuffer};
 use crate::pipeline::preprocess::axis::AxisPlan;
 use crate::pipeline::preprocess::resample::{Passes, Pixels, Region, algorithm};
 use crate::pipeline::row::{Message, RowDraft};
+use crate::profile::recorder::{self, Work};
 use crate::runtime::block::Block;
 use crate::stage::Stage;
 
@@ -123,12 +124,17 @@ pub(crate) fn run(
     mut preprocessor: Preprocessor,
     pool: &BufferPool,
 ) {
-    for LoadedImage { draft, image } in loaded {
+    while let Some(LoadedImage { mut draft, image }) = recorder::receive(loaded) {
         Stage::Preprocess.enter();
+        draft.times.is_taken(Stage::Preprocess);
+        let begun = recorder::begin();
         let mut pixel_values = pool.take();
-        let is_sent = match preprocessor.preprocess(&image, pool.format(), pixel_values.values_mut()) {
-            Ok(()) => preprocessed.send(PreprocessedImage { draft, pixel_values, num_failures: 0 }).is_ok(),
-            Err(reason) => rows.send(draft.fail(Stage::Preprocess, reason).into()).is_ok(),
+        let outcome = preprocessor.preprocess(&image, pool.format(), pixel_values.values_mut());
+        begun.end(Stage::Preprocess, Work::IMAGE);
+        draft.times.is_queued();
+        let is_sent = match outcome {
+            Ok(()) => recorder::send(preprocessed, PreprocessedImage { draft, pixel_values, num_failures: 0 }).is_ok(),
+            Err(reason) => recorder::send(rows, draft.fail(Stage::Preprocess, reason).into()).is_ok(),
         };
         // A closed channel means that the run is failing elsewhere.
         if !is_sent {

@@ -5,6 +5,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 use crate::model::sequence::FinishReason;
+use crate::profile::recorder::ImageTimes;
 use crate::stage::Stage;
 
 /// A unit of output: the rows of one tar, or of up to 10,000 files.
@@ -48,6 +49,8 @@ pub struct RowDraft {
     pub dimensions: Option<(u32, u32)>,
     /// SHA-256 of the image bytes as read.
     pub image_sha256: Option<String>,
+    /// When it passed from stage to stage.
+    pub times: ImageTimes,
 }
 
 impl RowDraft {

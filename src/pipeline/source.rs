@@ -19,9 +19,11 @@ use recaption_export::hex;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::live::{self, ShardState};
 use crate::pipeline::input::Input;
 use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
 use crate::pipeline::write::FinishedShard;
+use crate::profile::recorder::{self, Begun, ImageTimes, Work};
 use crate::stage::Stage;
 
 /// Rows of a shard that is made of single files.
@@ -80,6 +82,7 @@ pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Resul
         shard: None,
         num_rows: 0,
         is_cut_short: false,
+        reading: recorder::begin(),
     };
     let mut damaged = Vec::new();
     let mut loose = FileShards::new(IMAGES.to_owned());
@@ -178,6 +181,8 @@ struct Emitter<'a> {
     num_rows: usize,
     /// A stop flag ended the reading.
     is_cut_short: bool,
+    /// Since the last image was sent.
+    reading: Begun,
 }
 
 impl Emitter<'_> {
@@ -199,8 +204,14 @@ impl Emitter<'_> {
         self.names.insert(name.clone());
         let finished = self.finished.get(&name).cloned();
         match &finished {
-            Some(finished) => tracing::info!(shard = name, rows = finished.counts.rows, "shard is written already"),
-            None => tracing::info!(shard = name, "shard begun"),
+            Some(finished) => {
+                live::count_shard(ShardState::Skipped);
+                tracing::info!(shard = name, rows = finished.counts.rows, "shard is written already");
+            }
+            None => {
+                live::count_shard(ShardState::Claimed);
+                tracing::info!(shard = name, "shard begun");
+            }
         }
         self.shard = finished.is_none().then(|| Arc::new(Shard { index: self.num_shards, name }));
         self.num_shards += 1;
@@ -216,15 +227,31 @@ impl Emitter<'_> {
     /// Sends one image, or the failed row of an image whose bytes could not be had.
     fn push(&mut self, input: InputColumns, bytes: Result<Vec<u8>, String>) {
         let Some(shard) = self.shard.clone().filter(|_| !self.is_done()) else { return };
-        let draft = RowDraft { shard, index: self.num_rows, input, dimensions: None, image_sha256: None };
+        let mut draft = RowDraft {
+            shard,
+            index: self.num_rows,
+            input,
+            dimensions: None,
+            image_sha256: None,
+            times: ImageTimes::default(),
+        };
         Stage::Source.enter();
         self.num_rows += 1;
         self.remaining -= 1;
+        self.reading.end(Stage::Source, Work::IMAGE);
+        draft.times.is_read();
+        draft.times.is_queued();
         // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
         let _ = match bytes {
-            Ok(bytes) => self.channels.records.send(ImageRecord { draft, bytes }).map_err(|_| ()),
-            Err(reason) => self.channels.rows.send(draft.fail(Stage::Source, reason).into()).map_err(|_| ()),
+            Ok(bytes) => {
+                live::count_read(bytes.len());
+                recorder::send(&self.channels.records, ImageRecord { draft, bytes }).map_err(|_| ())
+            }
+            Err(reason) => {
+                recorder::send(&self.channels.rows, draft.fail(Stage::Source, reason).into()).map_err(|_| ())
+            }
         };
+        self.reading = recorder::begin();
     }
 
     /// Ends the shard, unless the run is being stopped: then it is not whole.

@@ -14,9 +14,11 @@ use crossbeam::channel::Receiver;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::live::{self, ShardState};
 use crate::model::Tokenizer;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Failure, Message, Row, Shard};
+use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
 pub use self::jsonl::row_to_json;
@@ -157,10 +159,14 @@ pub(crate) struct WriteOptions {
 pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &Progress) -> Result<(Counts, u64)> {
     let mut writer =
         Writer { options, shards: BTreeMap::new(), num_printed_shards: 0, committed: Counts::default(), num_lost: 0 };
-    for message in rows {
+    while let Some(message) = recorder::receive(rows) {
         Stage::Write.enter();
+        let begun = recorder::begin();
+        let mut work = Work::default();
         let index = match message {
-            Message::Row(row) => {
+            Message::Row(mut row) => {
+                work = Work::IMAGE;
+                row.draft.times.is_taken(Stage::Write);
                 let (shard, index) = (row.draft.shard.index, row.draft.index);
                 let row = detokenize(*row, options)?;
                 progress.add_row(row.status == "ok");
@@ -177,6 +183,7 @@ pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &P
             Sink::StandardOutput => writer.print_ready()?,
             Sink::Folder { format, .. } => writer.commit_if_whole(index, *format)?,
         }
+        begun.end(Stage::Write, work);
     }
     let num_pending: usize = writer.shards.values().map(|shard| shard.rows.len()).sum();
     Ok((writer.committed, writer.num_lost + num_pending as u64))
@@ -231,6 +238,7 @@ impl Writer<'_> {
             Format::Jsonl => jsonl::write(&path, &rows, self.options.with_token_ids)?,
         }
         self.committed.add(counts);
+        live::count_shard(ShardState::Written);
         let Counts { rows, ok, failed, .. } = counts;
         tracing::info!(shard = ended.shard.name, path = %path.display(), rows, ok, failed, "shard written");
         Ok(())
@@ -252,6 +260,7 @@ impl Writer<'_> {
             }
             self.shards.remove(&self.num_printed_shards);
             self.num_printed_shards += 1;
+            live::count_shard(ShardState::Written);
         }
         Ok(())
     }
@@ -268,6 +277,10 @@ fn detokenize(row: Row, options: &WriteOptions) -> Result<WrittenRow> {
     if let Some(Failure { stage, reason }) = &failure {
         let (key, source) = (&draft.input.key, &draft.input.source);
         tracing::info!(shard = draft.shard.name, key, source, %stage, reason, "image failed");
+        live::count_row(Err(*stage));
+    }
+    if let Some(generated) = &generated {
+        live::count_row(Ok((options.prompt_tokens as u64, generated.token_ids.len() as u64)));
     }
     let re_caption = match &generated {
         Some(generated) => Some(options.tokenizer.decode(&generated.token_ids)?.trim().to_owned()),

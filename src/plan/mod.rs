@@ -1,13 +1,14 @@
 //! How long captioning takes on machines that are not at hand: `recaption plan`.
 //!
 //! [`device`] is what a machine can do at most, [`model`] what a captioner needs, [`roofline`] puts the one over the other for a batch of each
-//! stage, [`assumptions`] and [`measured`] say how much of that is reached, and [`schedule`] makes a run of batches. [`Plan`] is what
+//! stage, [`assumptions`] and [`measured`] ([`profiled`]) say how much of that is reached, and [`schedule`] makes a run of batches. [`Plan`] is what
 //! comes of it.
 
 pub mod assumptions;
 pub mod device;
 pub mod measured;
 pub mod model;
+pub mod profiled;
 pub mod roofline;
 pub mod schedule;
 

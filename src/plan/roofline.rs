@@ -142,12 +142,10 @@ impl<'a> Costs<'a> {
     #[must_use]
     pub fn prefill(&self, batch: f64) -> Ideal {
         let dims = &self.model.decoder;
-        let all = flops::prefill(dims, self.prompt) as f64;
-        // Computed once: what the shared tokens alone take, but for the head.
-        let shared = if self.shared == 0 { 0.0 } else { flops::prefill(dims, self.shared) as f64 };
+        let flops = flops::prefill_behind(dims, self.shared, self.prompt.saturating_sub(self.shared)) as f64;
         Ideal {
             weights: self.model.step_bytes as f64 / self.bytes_per_second,
-            products: batch * (all - shared).max(0.0) / self.decoder_flops,
+            products: batch * flops / self.decoder_flops,
             cache: batch * self.shared as f64 * self.model.cache_bytes_per_token() / self.bytes_per_second,
         }
     }
@@ -156,12 +154,11 @@ impl<'a> Costs<'a> {
     #[must_use]
     pub fn decode(&self, batch: f64, context: f64) -> Ideal {
         let dims = &self.model.decoder;
-        // Linear in what a caption sees: at 0 and at 1 token give all.
-        let at = |seen: usize| flops::decode(dims, seen, 2) as f64;
-        let (base, per_token) = (at(0), at(1) - at(0));
+        // Linear in both.
+        let at = |steps: u64, seen: u64| flops::decode_steps(dims, steps, seen) as f64;
         Ideal {
             weights: self.model.step_bytes as f64 / self.bytes_per_second,
-            products: (batch * (base - per_token) + context * per_token) / self.decoder_flops,
+            products: (batch * at(1, 0) + context * at(0, 1)) / self.decoder_flops,
             cache: context * self.model.cache_bytes_per_token() / self.bytes_per_second,
         }
     }

@@ -14,6 +14,7 @@ fn help_teaches() {
         ("export", &["export", "--help"]),
         ("run", &["run", "--help"]),
         ("run-short", &["run", "-h"]),
+        ("profile", &["profile", "--help"]),
         ("inspect", &["inspect", "--help"]),
         ("doctor", &["doctor", "--help"]),
     ] {

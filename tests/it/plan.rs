@@ -4,7 +4,7 @@ use std::process::Output;
 
 use serde_json::{Value, json};
 
-use crate::support::{demo_bundle, recaption, root, stderr};
+use crate::support::{demo_bundle, demo_shard, read_json, recaption, root, stderr};
 
 fn plan(args: &[&str]) -> Output {
     recaption(&[&["plan"], args].concat())
@@ -140,6 +140,70 @@ fn few_images_take_longer_each_than_many() {
     };
     let [one, some, many] = ["1", "300", "1e6"].map(seconds);
     assert!(one > 5.0 * many && some > 1.02 * many, "{one} {some} {many}");
+}
+
+/// The demo's own profile: a plan for the same images must say what they took. And for others it must be made of the same parts.
+#[test]
+fn a_profile_predicts_its_own_run_and_scales_to_others() {
+    let (bundle, out) = (demo_bundle(), tempfile::tempdir().unwrap());
+    let (shard, out_text) = (demo_shard(), out.path().to_str().unwrap());
+    let fixed = ["profile", shard.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--out", out_text];
+    let output = recaption(&[&fixed[..], &["--provider", "cpu", "--quiet", "--ignore-eos", "--max-new-tokens", "32"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let file = out.path().join("profile.json");
+    let (profile, file) = (read_json(&file), file.to_str().unwrap().to_owned());
+    let from = |tail: &[&str]| plan_json(&[&["--from", &file], tail].concat());
+
+    // Batches add up to their stages.
+    for stage in ["vision", "prefill", "decode"] {
+        let of_stage = |value: &Value| value["stage"] == stage;
+        let groups = profile["batches"].as_array().unwrap().iter().filter(|group| of_stage(group));
+        let total = profile["stages"].as_array().unwrap().iter().find(|found| of_stage(found)).unwrap();
+        let (mut seconds, mut count, mut context) = (0.0, 0, 0);
+        for group in groups {
+            seconds += number(&group["seconds"]);
+            count += group["count"].as_u64().unwrap();
+            context += group["context_tokens"].as_u64().unwrap();
+        }
+        assert!((seconds / number(&total["service_seconds"]) - 1.0).abs() < 1e-6, "{stage}");
+        assert_eq!((&total["num_batches"], &total["context_tokens"]), (&count.into(), &context.into()), "{stage}");
+    }
+
+    let plan = from(&["--images", "64"]);
+    let (told, measured) =
+        (number(&plan["job"]["images_per_second"]["likely"]), number(&profile["run"]["images_per_second"]));
+    assert!((told / measured - 1.0).abs() < 0.15, "the plan says {told} images/s, the run made {measured}");
+    assert_eq!(plan["image"]["new_tokens"], 32.0);
+    assert_eq!(plan["memory"]["num_slots"], profile["settings"]["engines"][0]["num_slots"]);
+    assert_eq!(plan["basis"]["kind"], "profile");
+    let split = number(&plan["steady"]["split"]["decode"]);
+    let longer = from(&["--new-tokens", "64"]);
+    assert!(number(&longer["steady"]["split"]["decode"]) > split, "longer captions are more decode");
+    let rate = |plan: &Value| number(&plan["steady"]["images_per_second"]["likely"]);
+    assert!(rate(&longer) < rate(&plan) && rate(&longer) > 0.45 * rate(&plan));
+    assert!(rate(&from(&["--slots", "1"])) < rate(&plan), "one caption at a time");
+    // A larger model on the same machine.
+    let larger = root("tests/data/checkpoints/published-f16/config.json");
+    assert!(rate(&from(&["--model", larger.to_str().unwrap()])) > 0.0);
+
+    for (args, expected) in [
+        (&["--device-kind", "h100-sxm"][..], "says nothing of a GPU"),
+        (&["--measure"], "cannot be used with"),
+    ] {
+        let output = self::plan(&[&["--from", &file], args].concat());
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains(expected), "{args:?}: {}", stderr(&output));
+    }
+    let no_profile = self::plan(&["--from", root("models/demo/config.json").to_str().unwrap()]);
+    assert!(stderr(&no_profile).contains("not a profile"), "{}", stderr(&no_profile));
+}
+
+#[test]
+fn this_machine_can_be_measured() {
+    let plan = plan_json(&["--model", root("models/demo").to_str().unwrap(), "--precision", "fp32", "--measure", "--images", "1000"]);
+    assert!(number(&plan["device"]["fp32_flops"]) > 1e9 && number(&plan["device"]["bytes_per_second"]) > 1e8);
+    assert_eq!(plan["device"]["is_gpu"], false);
+    assert!(number(&plan["job"]["hours"]["low"]) > number(&plan["job"]["hours"]["high"]));
 }
 
 #[test]
