@@ -11,6 +11,7 @@ pub mod model;
 pub mod pipeline;
 pub mod runtime;
 pub mod stage;
+pub mod storage;
 
 pub use error::{Error, Result};
 pub use recaption_export as export;
