@@ -12,7 +12,7 @@ use object_store::http::HttpBuilder;
 use object_store::{BackoffConfig, ClientConfigKey, ClientOptions, ObjectStore, RetryConfig};
 use tokio::runtime::Runtime;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::storage::{Object, Scheme};
 
 /// How patient the clients of object stores are.

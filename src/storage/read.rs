@@ -82,7 +82,7 @@ impl Object {
         match windows.advance() {
             Ok(()) => Ok(Inner::Windows(windows)),
             Err(Error::Storage { failure: Failure::Unsupported, .. }) if self.scheme == Scheme::Http => {
-                Ok(Inner::Whole(Whole::open(self, windows.source.store)?))
+                Ok(Inner::Whole(Whole::open(self, Arc::clone(&windows.source.store))?))
             }
             Err(error) => Err(error),
         }
