@@ -114,7 +114,8 @@ fn escaped(text: &str, is_bad: impl Fn(char) -> bool) -> String {
 
 /// What a terminal obeys instead of showing it: control characters of both sets, and those that turn the direction of writing.
 fn is_control(character: char) -> bool {
-    character.is_control() || matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    character.is_control()
+        || matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Writes whole lines above the bar.

@@ -120,7 +120,11 @@ fn the_progress_bar_and_the_log_do_not_tear_each_other() {
         folder.path().display(),
         bundle.display()
     );
-    let output = Command::new("script").args(["-qec", &command, "/dev/null"]).env_remove("NO_COLOR").stdin(Stdio::null()).output();
+    let output = Command::new("script")
+        .args(["-qec", &command, "/dev/null"])
+        .env_remove("NO_COLOR")
+        .stdin(Stdio::null())
+        .output();
     let output = match output {
         Ok(output) => output,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
