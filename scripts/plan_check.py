@@ -1,4 +1,4 @@
-"""How far `recaption plan --from` is off: profiles a run, plans others, and runs those. Prints a Markdown table.
+"""How far `recaption plan --from` is off: profiles a run, plans others, runs them. Prints a Markdown table.
 
     scripts/plan_check.py --recaption target/release/recaption --model BUNDLE --limit 16 --new-tokens 32 \\
         --case 64x64x32 --case 64x64x8 INPUT...
