@@ -38,7 +38,14 @@ pub struct LogArgs {
     ///
     /// info tells of each shard, engine and failed image. Directives as of Rust's `tracing` work too: recaption=debug,ort=warn.
     /// Example: --log-level info
-    #[arg(long, global = true, value_name = "LEVEL", env = "RECAPTION_LOG", hide_env_values = true, hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "LEVEL",
+        env = "RECAPTION_LOG",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
     pub log_level: Option<String>,
     /// Form of all that goes to standard error: text, or json for one object a line
     ///

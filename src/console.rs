@@ -65,20 +65,20 @@ pub(crate) fn print_line(line: &str) {
     }
 }
 
-/// `warning: …`
+/// `warning: …`, on one line.
 pub(crate) fn print_warning(warning: &str) {
     match IS_JSON.load(Ordering::Relaxed) {
         true => tracing::warn!(target: LINES, "{warning}"),
-        false => write(&printable_lines(&format!("warning: {warning}"))),
+        false => write(&format!("warning: {}\n", printable(warning))),
     }
 }
 
-/// `error: …`, and what to do.
+/// `error: …`, and what to do, on a line each.
 pub fn print_error(error: &str, hint: Option<&str>) {
     match (IS_JSON.load(Ordering::Relaxed), hint) {
         (true, _) => tracing::error!(target: LINES, hint, "{error}"),
-        (false, None) => write(&printable_lines(&format!("error: {error}"))),
-        (false, Some(hint)) => write(&printable_lines(&format!("error: {error}\nhint: {hint}"))),
+        (false, None) => write(&format!("error: {}\n", printable(error))),
+        (false, Some(hint)) => write(&format!("error: {}\nhint: {}\n", printable(error), printable(hint))),
     }
 }
 
@@ -114,7 +114,8 @@ fn escaped(text: &str, is_bad: impl Fn(char) -> bool) -> String {
 
 /// What a terminal obeys instead of showing it: control characters of both sets, and those that turn the direction of writing.
 fn is_control(character: char) -> bool {
-    character.is_control() || matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    character.is_control()
+        || matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Writes whole lines above the bar.
@@ -154,7 +155,7 @@ mod tests {
         assert_eq!(printable("a plain naïve 名前.jpg"), "a plain naïve 名前.jpg");
         assert_eq!(printable("\u{1b}[2J\u{7}\r\n"), r"\u001b[2J\u0007\u000d\u000a");
         assert_eq!(printable("\u{9b}31m\u{202e}gpj.exe"), r"\u009b31m\u202egpj.exe");
-        assert_eq!(printable_lines("error: a\u{1b}c\nhint: b"), "error: a\\u001bc\nhint: b\n");
+        assert_eq!(printable_lines("a\u{1b}c\nb"), "a\\u001bc\nb\n");
         let json = format!("\"{}\"", printable("\u{9b}"));
         assert_eq!(serde_json::from_str::<String>(&json).unwrap(), "\u{9b}", "still the same within JSON");
     }

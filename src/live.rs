@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use metrics::{Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
 
 use crate::error::{Error, Result};
@@ -58,7 +60,8 @@ pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
     if let Ok(port) = text.parse::<u16>() {
         return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
     }
-    text.parse().map_err(|_| format!("expected a port or an address with one, such as 9090 or 0.0.0.0:9090, got `{text}`"))
+    text.parse()
+        .map_err(|_| format!("expected a port or an address with one, such as 9090 or 0.0.0.0:9090, got `{text}`"))
 }
 
 /// What is served of a run from its start.
@@ -98,7 +101,9 @@ pub(crate) fn listen(address: SocketAddr) -> Result<SocketAddr> {
     };
     // The exporter does not tell which port it got.
     let address = match address.port() {
-        0 => TcpListener::bind(address).and_then(|free| free.local_addr()).map_err(|error| refused(error.to_string()))?,
+        0 => {
+            TcpListener::bind(address).and_then(|free| free.local_addr()).map_err(|error| refused(error.to_string()))?
+        }
         _ => address,
     };
     let failed = |error: BuildError| match error {
@@ -300,7 +305,10 @@ fn describe() {
     describe_counter!(NEW_TOKENS, "New tokens of captions, stop tokens not counted.");
     describe_gauge!(IMAGES_PER_SECOND, "Rows a second, over the last ten seconds.");
     describe_counter!(READ_BYTES, Unit::Bytes, "Bytes of images read from the inputs.");
-    describe_counter!(SHARDS, "Shards, by what became of them: claimed by this process, written by it, skipped as done before.");
+    describe_counter!(
+        SHARDS,
+        "Shards, by what became of them: claimed by this process, written by it, skipped as done before."
+    );
     describe_gauge!(ENGINES_ALIVE, "Engines that have not failed.");
     describe_gauge!(SLOTS, "Captions that an engine can have in flight.");
     describe_gauge!(SLOTS_IN_USE, "Captions that an engine has in flight.");

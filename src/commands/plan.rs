@@ -120,7 +120,8 @@ fn scaled(args: &PlanArgs, path: &Path) -> Result<Question> {
 /// This machine's processor, measured.
 fn this_machine(model: &Model) -> Result<Device> {
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let peaks = peaks::measure_for(runtime::Device::Cpu, [model.precision, model.vision_precision], model.target, num_threads)?;
+    let peaks =
+        peaks::measure_for(runtime::Device::Cpu, [model.precision, model.vision_precision], model.target, num_threads)?;
     Ok(Device {
         kind: host::processor_name().unwrap_or_else(|| "this machine".to_owned()),
         fp16_flops: 0.0,
@@ -173,9 +174,10 @@ fn device(args: &PlanArgs) -> Result<Device> {
         }),
         _ => Err(Error::Setting {
             reason: "no device to plan for".to_owned(),
-            hint: "use --device-kind h100-sxm (any other name lists all), --peak-tflops with --bandwidth and --memory, \
+            hint:
+                "use --device-kind h100-sxm (any other name lists all), --peak-tflops with --bandwidth and --memory, \
                    --measure, or --from profile.json"
-                .to_owned(),
+                    .to_owned(),
         }),
     }
 }

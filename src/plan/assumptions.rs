@@ -121,11 +121,8 @@ pub fn all(is_gpu: bool) -> [Assumption; 6] {
 pub fn practices(is_gpu: bool) -> [EnginePractice; 3] {
     let [vision, prefill, decode, memory, overhead, _] = all(is_gpu).map(|assumption| assumption.range.values());
     [0, 1, 2].map(|i| {
-        let of = |products: [f64; 3]| Practice::Assumed {
-            products: products[i],
-            memory: memory[i],
-            overhead: overhead[i],
-        };
+        let of =
+            |products: [f64; 3]| Practice::Assumed { products: products[i], memory: memory[i], overhead: overhead[i] };
         EnginePractice { vision: of(vision), prefill: of(prefill), decode: of(decode) }
     })
 }
@@ -146,7 +143,8 @@ mod tests {
         Range::of(practices(true).map(|practice| {
             let steps = (new - 1) as f64;
             let context = slots * (prompt as f64 + steps / 2.0 + 1.0);
-            let vision = if model.vision.num_layers == 0 { 0.0 } else { practice.vision.seconds(costs.vision(8.0)) / 8.0 };
+            let vision =
+                if model.vision.num_layers == 0 { 0.0 } else { practice.vision.seconds(costs.vision(8.0)) / 8.0 };
             let prefill = practice.prefill.seconds(costs.prefill(8.0)) / 8.0;
             let decode = practice.decode.seconds(costs.decode(slots, context)) * steps / slots;
             1.0 / (vision + prefill + decode)
@@ -178,11 +176,16 @@ mod tests {
     /// lengths of their answers are not; LLaVA's own benchmark questions get 60 to 130 tokens.
     #[test]
     fn published_image_rates_of_llava_lie_in_the_range() {
-        for (name, kind, slots, published) in [("llava-1.5-7b", "a100-80", 128.0, 9.33), ("llava-1.5-13b", "h100-sxm", 64.0, 18.6)] {
+        for (name, kind, slots, published) in
+            [("llava-1.5-7b", "a100-80", 128.0, 9.33), ("llava-1.5-13b", "h100-sxm", 64.0, 18.6)]
+        {
             let model = model(name, Precision::Fp16);
             let slow = rates(&model, kind, slots, 576 + 60, 130);
             let fast = rates(&model, kind, slots, 576 + 60, 60);
-            println!("{name} on {kind}: {:.1} ({:.1}) to {:.1} ({:.1}), published {published}", slow.low, slow.likely, fast.high, fast.likely);
+            println!(
+                "{name} on {kind}: {:.1} ({:.1}) to {:.1} ({:.1}), published {published}",
+                slow.low, slow.likely, fast.high, fast.likely
+            );
             assert!((slow.low..fast.high).contains(&published), "{name}: {slow:?} to {fast:?}, published {published}");
         }
     }

@@ -44,7 +44,8 @@ pub fn fit(samples: &[Sample]) -> Option<Practice> {
         for part in 0..3 {
             let (mut numerator, mut denominator) = (PRIOR, PRIOR);
             for (shares, weight) in &rows {
-                let others: f64 = (0..3).filter(|&other| other != part).map(|other| factors[other] * shares[other]).sum();
+                let others: f64 =
+                    (0..3).filter(|&other| other != part).map(|other| factors[other] * shares[other]).sum();
                 numerator += weight * shares[part] * (1.0 - others);
                 denominator += weight * shares[part] * shares[part];
             }
@@ -94,7 +95,8 @@ mod tests {
     #[test]
     fn noise_gives_no_negative_parts_and_nothing_gives_nothing() {
         // Larger batches that took less long.
-        let samples = [(1.0, 300.0, 9e-3), (8.0, 2400.0, 6e-3)].map(|(batch, context, seconds)| sample(batch, context, seconds));
+        let samples =
+            [(1.0, 300.0, 9e-3), (8.0, 2400.0, 6e-3)].map(|(batch, context, seconds)| sample(batch, context, seconds));
         let Some(Practice::Measured { weights, products, cache }) = fit(&samples) else { panic!("a fit") };
         assert!(weights > 0.0 && products >= 0.0 && cache >= 0.0);
         assert_eq!(fit(&[]), None);

@@ -235,7 +235,8 @@ impl Question {
         let flops = flops::per_image(&model.vision, &model.decoder, self.prompt_tokens, new_tokens.round() as usize);
         let arithmetic = |precision| Arithmetic::of(precision, device.is_gpu);
         let (vision_arithmetic, decoder_arithmetic) = (arithmetic(model.vision_precision), arithmetic(model.precision));
-        let seconds_at_peak = |flops: u64, arithmetic: Arithmetic| flops as f64 / arithmetic.rate(device).unwrap_or(f64::INFINITY);
+        let seconds_at_peak =
+            |flops: u64, arithmetic: Arithmetic| flops as f64 / arithmetic.rate(device).unwrap_or(f64::INFINITY);
         let at_peak = seconds_at_peak(flops.vision + flops.projector, vision_arithmetic)
             + seconds_at_peak(flops.prefill + flops.decode, decoder_arithmetic);
         let likely = &steady[1].1;

@@ -253,7 +253,8 @@ mod tests {
     #[test]
     fn an_8b_takes_what_export_wrote_for_it() {
         // benches/runs/2026-11-22-2core/export-8b.json: the int4 bundle with its fp32 activations is somewhat larger.
-        let size = |precision| Model::find("llava-llama-3-8b", Form { precision, ..FP16 }).unwrap().decoder_bytes as f64;
+        let size =
+            |precision| Model::find("llava-llama-3-8b", Form { precision, ..FP16 }).unwrap().decoder_bytes as f64;
         assert!((5.4e9..6.3e9).contains(&size(Precision::Int4)), "{}", size(Precision::Int4));
         assert!(size(Precision::Fp16) / size(Precision::Fp8) > 1.7);
         // 32 layers of 8 heads of 128, keys and values of two bytes.

@@ -41,21 +41,21 @@ pub struct Scaled {
 /// # Errors
 /// [`Error::Setting`] when the profile has no captions or no peaks, or the GPU's datasheet is not known.
 pub fn scale(profile: &Profile, against_datasheet: bool) -> Result<Scaled> {
-    let refused = |reason: &str, hint: &str| Error::Setting {
-        reason: format!("the profile {reason}"),
-        hint: hint.to_owned(),
-    };
+    let refused =
+        |reason: &str, hint: &str| Error::Setting { reason: format!("the profile {reason}"), hint: hint.to_owned() };
     let settings = &profile.settings;
     let Some(engine) = settings.engines.first().filter(|_| profile.run.ok > 0) else {
         return Err(refused("has no captions", "profile a run that captions some images"));
     };
     let model = model(profile);
-    let measured = device(profile)
-        .ok_or_else(|| refused("has no peaks", "make it again without --no-peaks"))?;
+    let measured = device(profile).ok_or_else(|| refused("has no peaks", "make it again without --no-peaks"))?;
     let device = match against_datasheet {
         false => measured,
         true if !measured.is_gpu => {
-            return Err(refused("is of a processor", "what a processor reaches says nothing of a GPU: profile on a GPU"));
+            return Err(refused(
+                "is of a processor",
+                "what a processor reaches says nothing of a GPU: profile on a GPU",
+            ));
         }
         true => Device::of_name(&measured.kind).ok_or_else(|| {
             refused("is of a GPU that is not in the table", "plan for the profiled GPU, without --device-kind")
@@ -108,7 +108,8 @@ fn model(profile: &Profile) -> Model {
     let mut model = Model::of_dims(facts.name.clone(), facts.vision.clone(), facts.decoder.clone(), form);
     let embedding = model.decoder_bytes - model.step_bytes;
     let bytes = |graph: &str| facts.weight_bytes.get(graph).copied();
-    if let (Some(tower), Some(projector), Some(decoder)) = (bytes("vision_tower"), bytes("projector"), bytes("decoder")) {
+    if let (Some(tower), Some(projector), Some(decoder)) = (bytes("vision_tower"), bytes("projector"), bytes("decoder"))
+    {
         model.vision_bytes = tower + projector;
         model.step_bytes = decoder;
         model.decoder_bytes = decoder + embedding;

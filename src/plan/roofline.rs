@@ -102,7 +102,12 @@ impl<'a> Costs<'a> {
         let rate = |precision: Precision| {
             let arithmetic = Arithmetic::of(precision, device.is_gpu);
             arithmetic.rate(device).ok_or_else(|| Error::Setting {
-                reason: format!("{} has no {} arithmetic for {} weights", device.kind, arithmetic.name(), precision.name()),
+                reason: format!(
+                    "{} has no {} arithmetic for {} weights",
+                    device.kind,
+                    arithmetic.name(),
+                    precision.name()
+                ),
                 hint: match device.is_gpu {
                     true => "plan with --precision fp16, int8-block or int4".to_owned(),
                     false => "measure this machine with --measure, or plan from a profile with --from".to_owned(),
@@ -211,11 +216,9 @@ impl EnginePractice {
             Practice::Assumed { products, memory, overhead } => {
                 Practice::Assumed { products: products * speed, memory: memory * speed, overhead: overhead / speed }
             }
-            Practice::Measured { weights, products, cache } => Practice::Measured {
-                weights: weights / speed,
-                products: products / speed,
-                cache: cache / speed,
-            },
+            Practice::Measured { weights, products, cache } => {
+                Practice::Measured { weights: weights / speed, products: products / speed, cache: cache / speed }
+            }
         };
         Self { vision: faster(self.vision), prefill: faster(self.prefill), decode: faster(self.decode) }
     }

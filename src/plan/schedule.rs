@@ -63,8 +63,10 @@ impl Workload<'_> {
         let mut engines: Vec<Engine> = (0..self.num_engines.max(1)).map(|_| Engine::default()).collect();
         let mut next_image = 0;
         // Always the engine that is furthest behind.
-        while let Some(engine) =
-            engines.iter_mut().filter(|engine| next_image < num_images || !engine.active.is_empty()).min_by(|a, b| a.clock.total_cmp(&b.clock))
+        while let Some(engine) = engines
+            .iter_mut()
+            .filter(|engine| next_image < num_images || !engine.active.is_empty())
+            .min_by(|a, b| a.clock.total_cmp(&b.clock))
         {
             self.fill(engine, &mut next_image, num_images, &mut timeline);
             self.step(engine, &mut timeline);
@@ -186,7 +188,9 @@ mod tests {
         with_workload(|workload| {
             let costs = workload.costs;
             let start = costs.vision(2.0).roofline() + costs.prefill(2.0).roofline();
-            let steps = |batch: f64| -> f64 { [617.0, 618.0].map(|seen| costs.decode(batch, batch * seen).roofline()).iter().sum() };
+            let steps = |batch: f64| -> f64 {
+                [617.0, 618.0].map(|seen| costs.decode(batch, batch * seen).roofline()).iter().sum()
+            };
             let expected = 3.0 * start + steps(4.0) + steps(2.0);
             let timeline = workload.simulate(6);
             assert!((timeline.seconds / expected - 1.0).abs() < 1e-9, "{timeline:?}, expected {expected}");

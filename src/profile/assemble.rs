@@ -13,8 +13,8 @@ use crate::pipeline::{RunOptions, Summary};
 use crate::profile::recorder::{Records, StageTotals, Track, add_histogram, new_histogram};
 use crate::profile::utilisation::utilisation;
 use crate::profile::{
-    BatchGroup, Bottleneck, BundleFacts, CaptionProfile, Distribution, EngineFacts, Machine, Occupancy, PROFILE_VERSION, Peaks,
-    Profile, QueueProfile, RunTotals, Settings, StageProfile, TrackProfile,
+    BatchGroup, Bottleneck, BundleFacts, CaptionProfile, Distribution, EngineFacts, Machine, Occupancy,
+    PROFILE_VERSION, Peaks, Profile, QueueProfile, RunTotals, Settings, StageProfile, TrackProfile,
 };
 use crate::runtime::{self, Device, host, load_library};
 use crate::stage::Stage;

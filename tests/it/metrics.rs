@@ -146,14 +146,20 @@ fn a_scrape_parses_and_its_totals_are_those_of_the_summary() {
     assert_eq!(of("recaption_stage_seconds_count{stage=preprocess}"), f64::from(num_good));
     assert_eq!(of("recaption_time_to_first_token_seconds_count{}"), f64::from(num_good));
     assert_eq!(of("recaption_time_per_output_token_seconds_count{}"), f64::from(num_good));
-    assert_eq!(of("recaption_stage_seconds_bucket{le=+Inf,stage=decode}"), of("recaption_stage_seconds_count{stage=decode}"));
+    assert_eq!(
+        of("recaption_stage_seconds_bucket{le=+Inf,stage=decode}"),
+        of("recaption_stage_seconds_count{stage=decode}")
+    );
     assert!(of("recaption_stage_seconds_sum{stage=decode}") > 0.0);
 
     assert_eq!((of("recaption_engines_alive{}"), of("recaption_slots{engine=0}")), (1.0, 4.0));
     assert_eq!((of("recaption_slots_in_use{engine=0}"), of("recaption_kv_cache_usage_ratio{engine=0}")), (0.0, 0.0));
     assert!(of("recaption_queue_capacity{queue=vision}") >= 1.0 && of("recaption_queue_depth{queue=vision}") >= 0.0);
     let build = samples.iter().find(|(name, _)| name.starts_with("recaption_build_info{")).unwrap();
-    assert!(build.0.contains(concat!("version=", env!("CARGO_PKG_VERSION"))) && build.0.contains("provider=cpu"), "{build:?}");
+    assert!(
+        build.0.contains(concat!("version=", env!("CARGO_PKG_VERSION"))) && build.0.contains("provider=cpu"),
+        "{build:?}"
+    );
 
     for (name, value) in &before {
         if name.contains("_total{") {
@@ -162,9 +168,15 @@ fn a_scrape_parses_and_its_totals_are_those_of_the_summary() {
     }
     let new: Vec<&String> = samples.keys().filter(|name| !before.contains_key(*name)).collect();
     let is_later = |name: &str| {
-        ["recaption_images_per_second", "process_resident", "recaption_stage_seconds", "recaption_time", "recaption_queue_depth"]
-            .iter()
-            .any(|later| name.starts_with(later))
+        [
+            "recaption_images_per_second",
+            "process_resident",
+            "recaption_stage_seconds",
+            "recaption_time",
+            "recaption_queue_depth",
+        ]
+        .iter()
+        .any(|later| name.starts_with(later))
     };
     assert!(new.iter().all(|name| is_later(name)), "series that appear late are missed by rate(): {new:?}");
 }
@@ -248,11 +260,16 @@ fn a_port_that_is_taken_is_an_error_before_anything_else() {
     let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("captions");
     let (image, bundle) = (root("tests/data/images/42/a.png"), demo_bundle());
-    let fixed = ["run", image.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--out", folder.to_str().unwrap()];
+    let fixed =
+        ["run", image.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--out", folder.to_str().unwrap()];
     let output = recaption(&[&fixed[..], &["--provider", "cpu", "--metrics", &port]].concat());
     assert_eq!(output.status.code(), Some(2));
     let message = stderr(&output);
-    assert!(message.contains(&format!("error: --metrics 127.0.0.1:{port}: ")) && message.contains("hint: choose another port"), "{message}");
+    assert!(
+        message.contains(&format!("error: --metrics 127.0.0.1:{port}: "))
+            && message.contains("hint: choose another port"),
+        "{message}"
+    );
     assert!(!folder.exists());
 
     let wrong = recaption(&[&fixed[..], &["--metrics", "localhost"]].concat());
@@ -264,7 +281,16 @@ fn a_port_that_is_taken_is_an_error_before_anything_else() {
 fn any_free_port_is_told() {
     let (image, bundle) = (root("tests/data/images/42/a.png"), demo_bundle());
     let output = recaption(&[
-        "run", image.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--provider", "cpu", "--metrics", "0", "--log-format", "json",
+        "run",
+        image.to_str().unwrap(),
+        "--model",
+        bundle.to_str().unwrap(),
+        "--provider",
+        "cpu",
+        "--metrics",
+        "0",
+        "--log-format",
+        "json",
     ]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let lines = stderr(&output);

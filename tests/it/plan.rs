@@ -21,7 +21,16 @@ fn number(value: &Value) -> f64 {
 }
 
 const README: [&str; 10] = [
-    "--model", "llava-llama-3-8b", "--device-kind", "h100-sxm", "--images", "1.3e9", "--devices", "512", "--price-per-hour", "2.5",
+    "--model",
+    "llava-llama-3-8b",
+    "--device-kind",
+    "h100-sxm",
+    "--images",
+    "1.3e9",
+    "--devices",
+    "512",
+    "--price-per-hour",
+    "2.5",
 ];
 
 #[test]
@@ -148,7 +157,8 @@ fn a_profile_predicts_its_own_run_and_scales_to_others() {
     let (bundle, out) = (demo_bundle(), tempfile::tempdir().unwrap());
     let (shard, out_text) = (demo_shard(), out.path().to_str().unwrap());
     let fixed = ["profile", shard.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--out", out_text];
-    let output = recaption(&[&fixed[..], &["--provider", "cpu", "--quiet", "--ignore-eos", "--max-new-tokens", "32"]].concat());
+    let output =
+        recaption(&[&fixed[..], &["--provider", "cpu", "--quiet", "--ignore-eos", "--max-new-tokens", "32"]].concat());
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let file = out.path().join("profile.json");
     let (profile, file) = (read_json(&file), file.to_str().unwrap().to_owned());
@@ -186,10 +196,9 @@ fn a_profile_predicts_its_own_run_and_scales_to_others() {
     let larger = root("tests/data/checkpoints/published-f16/config.json");
     assert!(rate(&from(&["--model", larger.to_str().unwrap()])) > 0.0);
 
-    for (args, expected) in [
-        (&["--device-kind", "h100-sxm"][..], "says nothing of a GPU"),
-        (&["--measure"], "cannot be used with"),
-    ] {
+    for (args, expected) in
+        [(&["--device-kind", "h100-sxm"][..], "says nothing of a GPU"), (&["--measure"], "cannot be used with")]
+    {
         let output = self::plan(&[&["--from", &file], args].concat());
         assert_eq!(output.status.code(), Some(2));
         assert!(stderr(&output).contains(expected), "{args:?}: {}", stderr(&output));
@@ -200,7 +209,15 @@ fn a_profile_predicts_its_own_run_and_scales_to_others() {
 
 #[test]
 fn this_machine_can_be_measured() {
-    let plan = plan_json(&["--model", root("models/demo").to_str().unwrap(), "--precision", "fp32", "--measure", "--images", "1000"]);
+    let plan = plan_json(&[
+        "--model",
+        root("models/demo").to_str().unwrap(),
+        "--precision",
+        "fp32",
+        "--measure",
+        "--images",
+        "1000",
+    ]);
     assert!(number(&plan["device"]["fp32_flops"]) > 1e9 && number(&plan["device"]["bytes_per_second"]) > 1e8);
     assert_eq!(plan["device"]["is_gpu"], false);
     assert!(number(&plan["job"]["hours"]["low"]) > number(&plan["job"]["hours"]["high"]));
@@ -214,9 +231,18 @@ fn what_cannot_be_planned_is_refused_with_a_hint() {
         (&["--model", "no-such", "--device-kind", "l4"], "hint: known names: llava-llama-3-8b"),
         (&["--model", "llava-llama-3-8b", "--device-kind", "t4"], "does not fit into the GPU's memory"),
         (&["--model", "llava-llama-3-8b", "--device-kind", "a100-80", "--precision", "fp8"], "no fp8 arithmetic"),
-        (&["--model", "llava-llama-3-8b", "--device-kind", "l4", "--precision", "int8", "--target", "cpu"], "no int8 arithmetic"),
-        (&["--model", "llava-llama-3-8b", "--device-kind", "l4", "--precision", "fp8", "--target", "ort"], "only TensorRT runs fp8"),
-        (&["--model", "llava-llama-3-8b", "--device-kind", "l4", "--images", "none"], "expected a number from 1 to 1e15"),
+        (
+            &["--model", "llava-llama-3-8b", "--device-kind", "l4", "--precision", "int8", "--target", "cpu"],
+            "no int8 arithmetic",
+        ),
+        (
+            &["--model", "llava-llama-3-8b", "--device-kind", "l4", "--precision", "fp8", "--target", "ort"],
+            "only TensorRT runs fp8",
+        ),
+        (
+            &["--model", "llava-llama-3-8b", "--device-kind", "l4", "--images", "none"],
+            "expected a number from 1 to 1e15",
+        ),
     ];
     for (args, expected) in cases {
         let output = plan(args);

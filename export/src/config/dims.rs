@@ -20,7 +20,8 @@ const KNOWN_TOWER: &str = "clip-vit-large-patch14-336";
 /// [`Error::InvalidConfig`] for malformed fields, [`Error::Unsupported`] for what export does not build.
 pub fn read_dims(path: &Path) -> Result<(VisionDims, DecoderDims)> {
     let text = read_at_most(path, MAX_BYTES)?;
-    let invalid = |reason: serde_json::Error| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() };
+    let invalid =
+        |reason: serde_json::Error| Error::InvalidConfig { path: path.to_owned(), reason: reason.to_string() };
     parse_dims(&serde_json::from_slice(&text).map_err(invalid)?, path)
 }
 
@@ -35,7 +36,8 @@ pub fn parse_dims(config: &Value, path: &Path) -> Result<(VisionDims, DecoderDim
     }
     let tower = config.get("mm_vision_tower").and_then(Value::as_str).unwrap_or_default();
     if !tower.contains(KNOWN_TOWER) {
-        let hint = "only openai/clip-vit-large-patch14-336 is known by name; export the checkpoint, and take the bundle";
+        let hint =
+            "only openai/clip-vit-large-patch14-336 is known by name; export the checkpoint, and take the bundle";
         return Err(Error::unsupported("mm_vision_tower", format!("`{tower}`"), hint));
     }
     let (layer, strategy) = original::image_features(config, path)?;
