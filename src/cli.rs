@@ -11,7 +11,10 @@ use crate::live;
 use crate::model::TemplateChoice;
 use crate::model::prompt::DEFAULT_PROMPT;
 use crate::pipeline::engine::Injection;
+use crate::pipeline::source::Part;
 use crate::pipeline::write::Format;
+use crate::pipeline::write::failures::MaxFailures;
+use crate::pipeline::write::fault::Fault;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
 
@@ -292,7 +295,7 @@ pub struct RunArgs {
     /// Folder for the captions; without it they go to standard output as JSON Lines
     ///
     /// Holds captions-{shard}.parquet for each input shard, run.json (the settings) and summary.json. The same command
-    /// again goes on where the last one ended. Example: --out captions
+    /// again goes on where the last one ended, and several processes may share the folder. Example: --out captions
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Format of the files in --out
@@ -305,6 +308,37 @@ pub struct RunArgs {
     /// Example: --with-token-ids
     #[arg(long)]
     pub with_token_ids: bool,
+    /// Folder on a local disk for the journals of shards in progress
+    ///
+    /// Default: --out. A run that goes on must be given the same one. Example: --work-dir /var/tmp/recaption
+    #[arg(long, value_name = "DIR", requires = "out")]
+    pub work_dir: Option<PathBuf>,
+    /// Longest time, in seconds, that a finished caption may be lost to a power loss
+    ///
+    /// 0 syncs after every caption. A run that is only killed loses none, whatever is set here. Example: --sync-interval 30
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = parse_seconds)]
+    pub sync_interval: f64,
+    /// Do only the I-th of N parts of the shards
+    ///
+    /// For machines that share no disk, or one without file locks. Each must be given the same inputs in the same order.
+    /// Processes that share --out need no parts: each takes shards that no other has. Example: --part 2/8
+    #[arg(long, value_name = "I/N", conflicts_with = "limit")]
+    pub part: Option<Part>,
+    /// Do the failed rows of finished shards again, and no others of them
+    ///
+    /// Example: --retry-failed
+    #[arg(long, requires = "out", conflicts_with = "overwrite")]
+    pub retry_failed: bool,
+    /// Give up when more images than this fail, or a larger share of them
+    ///
+    /// Of the images of this run; a share counts from the 100th on. What is done is kept. Example: --max-failures 5%
+    #[arg(long, value_name = "N|P%")]
+    pub max_failures: Option<MaxFailures>,
+    /// Take no locks in --out: for filesystems that have none
+    ///
+    /// Then no two processes may write into it at once, except with --part. Example: --no-claims
+    #[arg(long, requires = "out")]
+    pub no_claims: bool,
     /// Start anew: delete the captions in --out first
     ///
     /// Example: --overwrite
@@ -321,6 +355,9 @@ pub struct RunArgs {
     /// --metrics 9090
     #[arg(long, value_name = "PORT|ADDR", value_parser = live::parse_address)]
     pub metrics: Option<SocketAddr>,
+    /// Let the disk refuse an OPERATION from its COUNT-th time on, to test that what was written before is kept
+    #[arg(long, hide = true, value_name = "OPERATION:COUNT:KIND")]
+    pub inject_io_error: Option<Fault>,
     /// How captions are made.
     #[command(flatten)]
     pub captioning: CaptioningArgs,
@@ -641,6 +678,8 @@ pub enum FormatArg {
     Parquet,
     /// One JSON Lines file per shard
     Jsonl,
+    /// One webdataset tar per shard: the images as they were, with captions and columns beside them
+    Webdataset,
 }
 
 impl From<FormatArg> for Format {
@@ -648,6 +687,7 @@ impl From<FormatArg> for Format {
         match format {
             FormatArg::Parquet => Self::Parquet,
             FormatArg::Jsonl => Self::Jsonl,
+            FormatArg::Webdataset => Self::Webdataset,
         }
     }
 }
@@ -694,6 +734,11 @@ fn parse_images(text: &str) -> Result<f64, String> {
 fn parse_mean_tokens(text: &str) -> Result<f64, String> {
     let number = text.parse::<f64>().ok().filter(|number| (1.0..=1e6).contains(number));
     number.ok_or_else(|| format!("expected a number from 1 to 1e6, got `{text}`"))
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.0..=86_400.0).contains(seconds));
+    seconds.ok_or_else(|| format!("expected seconds from 0 to 86400, got `{text}`"))
 }
 
 fn parse_injection(text: &str) -> Result<(Stage, usize), String> {

@@ -78,6 +78,8 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
         with_token_ids,
         quiet: args.quiet,
         injection: args.inject_failure,
+        max_failures: None,
+        part: None,
         interrupt: super::interrupt_flag(),
         recorder: None,
     })

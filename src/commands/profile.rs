@@ -13,7 +13,7 @@ use crate::commands::captioning::{self, Request};
 use crate::console::{print_error, print_line, print_warning};
 use crate::error::{Error, Result};
 use crate::pipeline::engine::EngineOptions;
-use crate::pipeline::write::{Format, Sink, write_atomically};
+use crate::pipeline::write::{OutputOptions, Sink, write_atomically};
 use crate::pipeline::{self, Summary};
 use crate::profile::gpu::GpuSampler;
 use crate::profile::operators::read_profiles;
@@ -34,7 +34,7 @@ pub(super) fn execute(args: &ProfileArgs) -> anyhow::Result<Outcome> {
         inputs: &args.inputs,
         model: &args.model,
         captioning: &args.captioning,
-        sink: Sink::Folder { folder: captions.path().to_owned(), format: Format::Parquet },
+        sink: Sink::Folder(OutputOptions::private(captions.path().to_owned())),
         with_token_ids: false,
     })?;
     let recorder = Recorder::new(true, None);

@@ -17,6 +17,8 @@ pub(crate) struct Progress {
     started: Instant,
     /// Images that this run will do; 0 while that is not known.
     total: AtomicU64,
+    /// Images of shards in progress that earlier runs did.
+    earlier: AtomicU64,
     ok: AtomicU64,
     failed: AtomicU64,
     tokens: AtomicU64,
@@ -28,11 +30,21 @@ impl Progress {
         Self {
             started: Instant::now(),
             total: AtomicU64::new(0),
+            earlier: AtomicU64::new(0),
             ok: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
         }
+    }
+
+    /// Takes out of the total what an earlier run did of a shard that this one finishes.
+    pub(crate) fn add_earlier(&self, count: u64) {
+        self.earlier.fetch_add(count, Ordering::Relaxed);
+    }
+
+    fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed).saturating_sub(self.earlier.load(Ordering::Relaxed))
     }
 
     pub(crate) fn set_total(&self, total: u64) {
@@ -75,7 +87,7 @@ impl Progress {
         let seconds = self.elapsed().as_secs_f64().max(1e-9);
         let rate = rows as f64 / seconds;
         let token_rate = self.tokens.load(Ordering::Relaxed) as f64 / seconds;
-        let total = self.total.load(Ordering::Relaxed);
+        let total = self.total();
         let of_total = if total > 0 { format!("/{total}") } else { String::new() };
         let eta = match total.checked_sub(rows) {
             Some(left) if left > 0 && rate > 0.0 => {
@@ -105,7 +117,7 @@ impl Progress {
         bar.set_style(spinner);
         console::set_bar(Some(bar.clone()));
         while !self.is_over.load(Ordering::Acquire) {
-            let total = self.total.load(Ordering::Relaxed);
+            let total = self.total();
             if total > 0 && bar.length().is_none() {
                 bar.set_length(total);
                 bar.set_style(with_bar.clone());

@@ -7,9 +7,9 @@
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, SendError, Sender, TryRecvError, TrySendError};
+use crossbeam::channel::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, TrySendError};
 use hdrhistogram::Histogram;
 
 use crate::error::Result;
@@ -494,6 +494,17 @@ pub(crate) fn receive<T>(receiver: &Receiver<T>) -> Option<T> {
         Ok(item) => Some(item),
         Err(TryRecvError::Disconnected) => None,
         Err(TryRecvError::Empty) => waiting(|| receiver.recv().ok()),
+    };
+    look_at(receiver);
+    item
+}
+
+/// As [`receive`], but waits no longer than `timeout`.
+pub(crate) fn receive_timeout<T>(receiver: &Receiver<T>, timeout: Duration) -> Result<T, RecvTimeoutError> {
+    let item = match receiver.try_recv() {
+        Ok(item) => Ok(item),
+        Err(TryRecvError::Disconnected) => Err(RecvTimeoutError::Disconnected),
+        Err(TryRecvError::Empty) => waiting(|| receiver.recv_timeout(timeout)),
     };
     look_at(receiver);
     item
