@@ -9,7 +9,10 @@ use recaption_export::Precision;
 use crate::model::TemplateChoice;
 use crate::model::prompt::DEFAULT_PROMPT;
 use crate::pipeline::engine::Injection;
+use crate::pipeline::source::Part;
 use crate::pipeline::write::Format;
+use crate::pipeline::write::failures::MaxFailures;
+use crate::pipeline::write::fault::Fault;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
 
@@ -222,7 +225,7 @@ pub struct RunArgs {
     /// Folder for the captions; without it they go to standard output as JSON Lines
     ///
     /// Holds captions-{shard}.parquet for each input shard, run.json (the settings) and summary.json. The same command
-    /// again goes on where the last one ended. Example: --out captions
+    /// again goes on where the last one ended, and several processes may share the folder. Example: --out captions
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Format of the files in --out
@@ -309,6 +312,37 @@ pub struct RunArgs {
     /// Example: --max-image-bytes 20000000
     #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
     pub max_image_bytes: u64,
+    /// Folder on a local disk for the journals of shards in progress
+    ///
+    /// Default: --out. A run that goes on must be given the same one. Example: --work-dir /var/tmp/recaption
+    #[arg(long, value_name = "DIR", requires = "out")]
+    pub work_dir: Option<PathBuf>,
+    /// Longest time, in seconds, that a finished caption may be lost to a power loss
+    ///
+    /// 0 syncs after every caption. A run that is only killed loses none, whatever is set here. Example: --sync-interval 30
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = parse_seconds)]
+    pub sync_interval: f64,
+    /// Do only the I-th of N parts of the shards
+    ///
+    /// For machines that share no disk, or one without file locks. Each must be given the same inputs in the same order.
+    /// Processes that share --out need no parts: each takes shards that no other has. Example: --part 2/8
+    #[arg(long, value_name = "I/N", conflicts_with = "limit")]
+    pub part: Option<Part>,
+    /// Do the failed rows of finished shards again, and no others of them
+    ///
+    /// Example: --retry-failed
+    #[arg(long, requires = "out", conflicts_with = "overwrite")]
+    pub retry_failed: bool,
+    /// Give up when more images than this fail, or a larger share of them
+    ///
+    /// Of the images of this run; a share counts from the 100th on. What is done is kept. Example: --max-failures 5%
+    #[arg(long, value_name = "N|P%")]
+    pub max_failures: Option<MaxFailures>,
+    /// Take no locks in --out: for filesystems that have none
+    ///
+    /// Then no two processes may write into it at once, except with --part. Example: --no-claims
+    #[arg(long, requires = "out")]
+    pub no_claims: bool,
     /// Start anew: delete the captions in --out first
     ///
     /// Example: --overwrite
@@ -346,6 +380,9 @@ pub struct RunArgs {
     /// Let ENGINE:STEP[:start|:panic] fail, to test that its images are not lost
     #[arg(long, hide = true, value_name = "ENGINE:STEP")]
     pub inject_failure: Option<Injection>,
+    /// Let the disk refuse an OPERATION from its COUNT-th time on, to test that what was written before is kept
+    #[arg(long, hide = true, value_name = "OPERATION:COUNT:KIND")]
+    pub inject_io_error: Option<Fault>,
     /// Panic in STAGE:N, at its item N, to test that a run ends well
     #[arg(long, hide = true, value_name = "STAGE[:N]", value_parser = parse_injection)]
     pub inject_panic: Option<(Stage, usize)>,
@@ -401,6 +438,8 @@ pub enum FormatArg {
     Parquet,
     /// One JSON Lines file per shard
     Jsonl,
+    /// One webdataset tar per shard: the images as they were, with captions and columns beside them
+    Webdataset,
 }
 
 impl From<FormatArg> for Format {
@@ -408,6 +447,7 @@ impl From<FormatArg> for Format {
         match format {
             FormatArg::Parquet => Self::Parquet,
             FormatArg::Jsonl => Self::Jsonl,
+            FormatArg::Webdataset => Self::Webdataset,
         }
     }
 }
@@ -439,6 +479,11 @@ impl From<ProviderArg> for ProviderChoice {
 fn parse_share(text: &str) -> Result<f64, String> {
     let share = text.parse::<f64>().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| format!("expected a number above 0 and up to 1, got `{text}`"))
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.0..=86_400.0).contains(seconds));
+    seconds.ok_or_else(|| format!("expected seconds from 0 to 86400, got `{text}`"))
 }
 
 fn parse_injection(text: &str) -> Result<(Stage, usize), String> {

@@ -12,6 +12,7 @@ pub mod pipeline;
 pub mod runtime;
 pub mod stage;
 pub mod storage;
+pub mod terminal;
 
 pub use error::{Error, Result};
 pub use recaption_export as export;

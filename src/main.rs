@@ -18,9 +18,9 @@ fn main() -> ExitCode {
             Outcome::Interrupted.into()
         }
         Err(error) => {
-            eprintln!("error: {error}");
+            eprintln!("error: {}", recaption::terminal::escape(&error.to_string()));
             if let Some(hint) = error.downcast_ref::<recaption::Error>().and_then(recaption::Error::hint) {
-                eprintln!("hint: {hint}");
+                eprintln!("hint: {}", recaption::terminal::escape(&hint));
             }
             Outcome::Error.into()
         }

@@ -193,6 +193,17 @@ pub fn load(bytes: &[u8], limits: &LoadLimits) -> Result<RgbImage, LoadError> {
     Ok(upright(stored))
 }
 
+/// Extension of the file's format, told by content: `jpg`, `png`, `webp`, `gif` or `bmp`.
+pub(crate) fn extension(bytes: &[u8]) -> Option<&'static str> {
+    Some(match probe::sniff(bytes)? {
+        Format::Jpeg => "jpg",
+        Format::Png => "png",
+        Format::WebP => "webp",
+        Format::Gif => "gif",
+        Format::Bmp => "bmp",
+    })
+}
+
 /// Reads (width, height) as stored, from the header alone: also for files that do not decode.
 #[must_use]
 pub fn stored_dimensions(bytes: &[u8]) -> Option<(u32, u32)> {

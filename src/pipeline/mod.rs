@@ -17,13 +17,12 @@ pub(crate) mod pool;
 pub mod preprocess;
 pub(crate) mod progress;
 pub mod row;
-pub(crate) mod source;
+pub mod source;
 pub(crate) mod vision;
 pub mod write;
 
 use std::any::Any;
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,8 +42,10 @@ use crate::pipeline::load::LoadLimits;
 use crate::pipeline::pool::BufferPool;
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
-use crate::pipeline::source::{SourceChannels, SourceOptions, SourceReport};
-use crate::pipeline::write::{Counts, FinishedShard, Sink, WriteOptions};
+use crate::pipeline::source::{Part, SourceChannels, SourceOptions, SourceReport};
+use crate::pipeline::write::failures::MaxFailures;
+use crate::pipeline::write::output::Output;
+use crate::pipeline::write::{Counts, Sink, WriteOptions, WriteReport};
 use crate::stage::Stage;
 
 /// Encoded images that wait for a load thread: enough to hide a slow read, little enough to be nothing.
@@ -53,6 +54,8 @@ const MAX_QUEUED_RECORDS: usize = 64;
 const MAX_QUEUED_LOADED_PER_THREAD: usize = 1;
 /// Rows that wait for the write stage.
 const MAX_QUEUED_ROWS: usize = 1024;
+/// The same where they carry their images.
+const MAX_QUEUED_ROWS_WITH_IMAGES: usize = 32;
 
 /// A run, ready to start: everything in it is validated.
 pub struct RunOptions {
@@ -80,6 +83,10 @@ pub struct RunOptions {
     pub quiet: bool,
     /// An engine that is to fail, for tests.
     pub injection: Option<Injection>,
+    /// When the run is given up.
+    pub max_failures: Option<MaxFailures>,
+    /// The share of the shards to do.
+    pub part: Option<Part>,
     /// Raised by the user: finish what is in flight, then end.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -108,9 +115,12 @@ pub struct Summary {
     /// The user ended the run before its input was read to the end.
     #[serde(skip)]
     pub is_interrupted: bool,
-    /// Captions made that were not written, since the interruption left their shard unfinished.
+    /// Finished rows of shards that are not whole: they are in the journal, and the next run goes on after them.
     #[serde(skip)]
-    pub num_discarded: u64,
+    pub num_journaled: u64,
+    /// Shards that other processes have in work.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub busy_shards: Vec<String>,
 }
 
 /// A run whose model is loaded.
@@ -151,23 +161,34 @@ impl LoadedRun {
     pub fn run(self) -> Result<Summary> {
         let Self { options, engines, tokenizer, load_seconds } = self;
         let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
-        let finished = write::finished_shards(&options.sink, prompt_tokens)?;
+        let output = match &options.sink {
+            Sink::Folder(folder) => Some(Output::open(folder.clone(), prompt_tokens, options.with_token_ids)?),
+            Sink::StandardOutput => None,
+        };
+        let earlier = output.as_ref().map(Output::count).transpose()?.unwrap_or_default();
         let progress = Arc::new(Progress::new());
-        let stages = run_stages(&options, engines, tokenizer, &finished, &progress)?;
-        let StagesReport { source: report, committed, num_discarded, failed_engines } = stages;
+        let stages = run_stages(&options, engines, tokenizer, (output.as_ref(), earlier.rows), &progress)?;
+        let StagesReport { source: report, written, failed_engines } = stages;
         let run_seconds = progress.elapsed().as_secs_f64();
-        let mut counts = committed;
-        finished.values().for_each(|shard| counts.add(shard.counts));
+        let counts = match &output {
+            Some(output) => {
+                output.tidy();
+                output.count()?
+            }
+            None => written.done.clone().with_prompt_tokens(prompt_tokens),
+        };
+        let num_earlier_rows = output.as_ref().map_or(0, |_| counts.rows.saturating_sub(written.num_committed));
         Ok(Summary {
             counts,
             load_seconds,
             run_seconds,
-            images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
-            num_earlier_rows: finished.values().map(|shard| shard.counts.rows).sum(),
+            images_per_second: written.done.rows as f64 / run_seconds.max(1e-9),
+            num_earlier_rows,
             damaged_inputs: report.damaged.iter().map(describe_damage).collect(),
             failed_engines,
             is_interrupted: report.is_cut_short,
-            num_discarded,
+            num_journaled: written.num_journaled,
+            busy_shards: report.busy,
         })
     }
 }
@@ -183,8 +204,7 @@ fn describe_damage(error: &Error) -> String {
 /// What the stages leave when all of them have ended well.
 struct StagesReport {
     source: SourceReport,
-    committed: Counts,
-    num_discarded: u64,
+    written: WriteReport,
     failed_engines: Vec<String>,
 }
 
@@ -192,7 +212,7 @@ fn run_stages(
     options: &RunOptions,
     engines: Vec<Box<dyn Captioner>>,
     tokenizer: Tokenizer,
-    finished: &HashMap<String, FinishedShard>,
+    (output, num_earlier_rows): (Option<&Output>, u64),
     progress: &Arc<Progress>,
 ) -> Result<StagesReport> {
     let preprocessing = &options.bundle.manifest.header.preprocessing;
@@ -201,25 +221,22 @@ fn run_stages(
     let (records_in, records_out) = bounded(MAX_QUEUED_RECORDS);
     let (loaded_in, loaded_out) = bounded(MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
     let (preprocessed_in, preprocessed_out) = bounded(max_preprocessed);
-    let (rows_in, rows_out) = bounded(MAX_QUEUED_ROWS);
+    let has_images = output.is_some_and(|output| output.options.format.has_images());
+    let (rows_in, rows_out) = bounded(if has_images { MAX_QUEUED_ROWS_WITH_IMAGES } else { MAX_QUEUED_ROWS });
     let pool = BufferPool::new(max_preprocessed + options.num_load_threads, pixel_format);
     let source_options = SourceOptions {
         inputs: options.inputs.clone(),
-        finished: finished.clone(),
+        output,
+        part: options.part,
         limit: options.limit,
         max_image_bytes: options.max_image_bytes,
     };
-    let write_options = WriteOptions {
-        sink: options.sink.clone(),
-        tokenizer,
-        with_token_ids: options.with_token_ids,
-        prompt_tokens: options.prompt.len(options.bundle.manifest.vision.num_image_tokens),
-    };
+    let write_options =
+        WriteOptions { output, tokenizer, with_token_ids: options.with_token_ids, max_failures: options.max_failures };
     let supervisor = Supervisor::default();
     let failures = Mutex::new(Vec::new());
     if !options.quiet {
-        let num_finished = finished.values().map(|shard| shard.counts.rows).sum();
-        count_in_background(options, num_finished, Arc::clone(progress));
+        count_in_background(options, num_earlier_rows, Arc::clone(progress));
     }
 
     let result = thread::scope(|scope| -> Result<_> {
@@ -276,9 +293,9 @@ fn run_stages(
     if let Some(failure) = supervisor.failure.into_inner().expect("bug: no stage panics with the lock held") {
         return Err(failure);
     }
-    let (source, (committed, num_discarded)) = result.expect("bug: a stage ended without a result or a failure");
+    let (source, written) = result.expect("bug: a stage ended without a result or a failure");
     let failed_engines = failures.into_inner().expect("bug: no engine panics with the lock held");
-    Ok(StagesReport { source, committed, num_discarded, failed_engines })
+    Ok(StagesReport { source, written, failed_engines })
 }
 
 /// Ends what goes on beside the stages when the scope is left, however it is left.

@@ -4,25 +4,26 @@
 //! shard has. An image that cannot be read is a failed row; an input that cannot be read on is
 //! reported, and the others go on.
 
+mod emitter;
 mod folder;
 mod tar;
 
-use std::collections::{HashMap, HashSet};
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 use recaption_export::hex;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::pipeline::input::Input;
-use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
-use crate::pipeline::write::FinishedShard;
-use crate::stage::Stage;
+use crate::pipeline::row::{InputColumns, Message, RowDraft};
+use crate::pipeline::source::emitter::{Emitter, read_file};
+use crate::pipeline::write::output::Output;
 
 /// Rows of a shard that is made of single files.
 const FILES_PER_SHARD: usize = 10_000;
@@ -34,14 +35,16 @@ const IMAGES: &str = "images";
 /// An image as read: its row and its bytes.
 pub(crate) struct ImageRecord {
     pub(crate) draft: RowDraft,
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) bytes: Bytes,
 }
 
 /// What the source stage needs to know.
-pub(crate) struct SourceOptions {
+pub(crate) struct SourceOptions<'a> {
     pub(crate) inputs: Vec<Input>,
-    /// The shards that are written already, by name.
-    pub(crate) finished: HashMap<String, FinishedShard>,
+    /// The output folder, which knows the shards that are written already; none for standard output.
+    pub(crate) output: Option<&'a Output>,
+    /// The share of the shards that this run does.
+    pub(crate) part: Option<Part>,
     /// Most images to take, over all inputs.
     pub(crate) limit: Option<usize>,
     /// Largest image file that is read.
@@ -63,56 +66,92 @@ pub(crate) struct SourceReport {
     pub(crate) damaged: Vec<Error>,
     /// A stop flag was raised before everything was read.
     pub(crate) is_cut_short: bool,
+    /// Shards that other processes have, and had again at the end.
+    pub(crate) busy: Vec<String>,
 }
 
-/// Reads all inputs.
+/// A share of the shards, for processes that do not talk to one another: `--part I/N`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which one, from 0.
+    index: usize,
+    count: usize,
+}
+
+impl Part {
+    /// Whether the shard of this number is in it.
+    fn has(self, number: usize) -> bool {
+        number % self.count == self.index
+    }
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    /// `I/N`, from 1 to N.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let numbers = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+        match numbers {
+            Some((index, count)) if (1..=count).contains(&index) => Ok(Self { index: index - 1, count }),
+            _ => Err(format!("expected I/N with I from 1 to N, such as 2/8, got `{text}`")),
+        }
+    }
+}
+
+/// Reads all inputs; those with shards that other processes had, once more at the end.
 ///
 /// # Errors
 /// [`Error::Input`] when a shard of the output was made from another input, [`Error::Io`] when standard input fails.
-pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Result<SourceReport> {
-    let mut emitter = Emitter {
-        channels,
-        finished: options.finished,
-        remaining: options.limit.unwrap_or(usize::MAX),
-        max_image_bytes: options.max_image_bytes,
-        names: HashSet::new(),
-        num_shards: 0,
-        shard: None,
-        num_rows: 0,
-        is_cut_short: false,
-    };
+pub(crate) fn run(options: SourceOptions<'_>, channels: SourceChannels<'_>) -> Result<SourceReport> {
+    let mut emitter = Emitter::new(&options, channels);
     let mut damaged = Vec::new();
+    read_all(&options.inputs, &mut emitter, &mut damaged)?;
+    let mut busy = emitter.take_busy();
+    if !busy.is_empty() && options.limit.is_none() && !options.inputs.contains(&Input::StandardInput) {
+        // Their process may have ended meanwhile, well or not.
+        let num_damaged = damaged.len();
+        read_all(&options.inputs, &mut emitter, &mut damaged)?;
+        damaged.truncate(num_damaged);
+        busy = emitter.take_busy();
+    }
+    Ok(SourceReport { damaged, is_cut_short: emitter.is_cut_short(), busy })
+}
+
+fn read_all(inputs: &[Input], emitter: &mut Emitter<'_>, damaged: &mut Vec<Error>) -> Result<()> {
     let mut loose = FileShards::new(IMAGES.to_owned());
-    for input in options.inputs {
+    let mut first_loose = None;
+    for (index, input) in inputs.iter().enumerate() {
         if emitter.is_done() {
             break;
         }
+        let is_loose = matches!(input, Input::Image(_) | Input::StandardInput);
+        match (is_loose, loose.num_files) {
+            (true, 0) => emitter.enter_input(*first_loose.get_or_insert(index), loose.num_shards),
+            (true, _) => {}
+            (false, _) => {
+                loose.end(emitter)?;
+                emitter.enter_input(index, 0);
+            }
+        }
         match input {
-            Input::Image(path) => loose.push(&mut emitter, &path, path.display().to_string())?,
+            Input::Image(path) => loose.push(emitter, path, path.display().to_string())?,
             Input::StandardInput => {
-                for line in standard_input_lines(emitter.channels.stop) {
+                for line in standard_input_lines(emitter.stop_flags()) {
                     let line = line.map_err(Error::io("read", Path::new("standard input")))?;
                     let line = line.strip_suffix(b"\r").unwrap_or(&line);
                     if !line.is_empty() {
-                        loose.push(&mut emitter, &path_of(line), String::from_utf8_lossy(line).into_owned())?;
+                        loose.push(emitter, &path_of(line), String::from_utf8_lossy(line).into_owned())?;
                     }
                     if emitter.is_done() {
                         break;
                     }
                 }
             }
-            Input::Folder(path) => {
-                loose.end(&mut emitter)?;
-                damaged.extend(folder::run(&path, &mut emitter)?);
-            }
-            Input::Tar(path) => {
-                loose.end(&mut emitter)?;
-                damaged.extend(tar::run(&path, &mut emitter)?);
-            }
+            Input::Folder(path) => damaged.extend(folder::run(path, emitter)?),
+            Input::Tar(path) => damaged.extend(tar::run(path, emitter)?),
         }
     }
-    loose.end(&mut emitter)?;
-    Ok(SourceReport { damaged, is_cut_short: emitter.is_cut_short })
+    loose.end(emitter)
 }
 
 /// Lines of standard input, until its end or a stop flag. A thread of its own reads them: a pipe that stays silent must
@@ -164,97 +203,6 @@ pub(crate) fn count_images(inputs: &[Input]) -> Option<u64> {
         .sum()
 }
 
-/// Sends records and keeps the count of rows and shards.
-struct Emitter<'a> {
-    channels: SourceChannels<'a>,
-    finished: HashMap<String, FinishedShard>,
-    remaining: usize,
-    max_image_bytes: u64,
-    /// Shard names in use.
-    names: HashSet<String>,
-    num_shards: usize,
-    shard: Option<Arc<Shard>>,
-    /// Rows of the shard so far.
-    num_rows: usize,
-    /// A stop flag ended the reading.
-    is_cut_short: bool,
-}
-
-impl Emitter<'_> {
-    /// Whether nothing more is wanted.
-    fn is_done(&mut self) -> bool {
-        self.is_cut_short |= self.is_stopped();
-        self.remaining == 0 || self.is_cut_short
-    }
-
-    fn is_stopped(&self) -> bool {
-        self.channels.stop.iter().any(|stop| stop.load(Ordering::Relaxed))
-    }
-
-    /// Starts a shard; two inputs of one name get `-2`, `-3`. Returns what is known of it when it is written already.
-    fn begin(&mut self, name: &str) -> Option<FinishedShard> {
-        let numbered = (2..).map(|number| format!("{name}-{number}"));
-        let mut candidates = std::iter::once(name.to_owned()).chain(numbered);
-        let name = candidates.find(|name| !self.names.contains(name)).expect("bug: numbers do not end");
-        self.names.insert(name.clone());
-        let finished = self.finished.get(&name).cloned();
-        self.shard = finished.is_none().then(|| Arc::new(Shard { index: self.num_shards, name }));
-        self.num_shards += 1;
-        self.num_rows = 0;
-        finished
-    }
-
-    /// Passes over rows of a shard that is written already.
-    fn skip(&mut self, num_rows: usize) {
-        self.remaining = self.remaining.saturating_sub(num_rows);
-    }
-
-    /// Sends one image, or the failed row of an image whose bytes could not be had.
-    fn push(&mut self, input: InputColumns, bytes: Result<Vec<u8>, String>) {
-        let Some(shard) = self.shard.clone().filter(|_| !self.is_done()) else { return };
-        let draft = RowDraft { shard, index: self.num_rows, input, dimensions: None, image_sha256: None };
-        Stage::Source.enter();
-        self.num_rows += 1;
-        self.remaining -= 1;
-        // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
-        let _ = match bytes {
-            Ok(bytes) => self.channels.records.send(ImageRecord { draft, bytes }).map_err(|_| ()),
-            Err(reason) => self.channels.rows.send(draft.fail(Stage::Source, reason).into()).map_err(|_| ()),
-        };
-    }
-
-    /// Ends the shard, unless the run is being stopped: then it is not whole.
-    fn end(&mut self, identity: String) {
-        let Some(shard) = self.shard.take() else { return };
-        if self.is_stopped() {
-            self.is_cut_short = true;
-            return;
-        }
-        let message = Message::ShardEnded { shard, num_rows: self.num_rows, identity: Some(identity) };
-        let _ = self.channels.rows.send(message);
-    }
-
-    /// Leaves a shard that cannot be read to its end: it is not kept.
-    fn abandon(&mut self) {
-        let Some(shard) = self.shard.take() else { return };
-        let _ = self.channels.rows.send(Message::ShardEnded { shard, num_rows: self.num_rows, identity: None });
-    }
-
-    /// Reads a file, within the size limit.
-    fn read_file(&self, path: &Path) -> Result<Vec<u8>, String> {
-        let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
-        self.check_size(size)?;
-        std::fs::read(path).map_err(|error| error.to_string())
-    }
-
-    fn check_size(&self, size: u64) -> Result<(), String> {
-        if size > self.max_image_bytes {
-            return Err(format!("{size} bytes is over the limit of {} (--max-image-bytes)", self.max_image_bytes));
-        }
-        Ok(())
-    }
-}
-
 /// Cuts a stream of files into shards `{name}-{00000}`.
 struct FileShards {
     name: String,
@@ -262,62 +210,37 @@ struct FileShards {
     /// Files of the present shard so far, and the hash of their keys.
     num_files: usize,
     keys: Sha256,
-    /// The present shard if it is written already.
-    finished: Option<FinishedShard>,
 }
 
 impl FileShards {
     fn new(name: String) -> Self {
-        Self { name, num_shards: 0, num_files: 0, keys: Sha256::new(), finished: None }
+        Self { name, num_shards: 0, num_files: 0, keys: Sha256::new() }
     }
 
+    /// # Errors
+    /// As those of [`Emitter::begin`], [`Emitter::push`] and [`Emitter::end`].
     fn push(&mut self, emitter: &mut Emitter<'_>, path: &Path, key: String) -> Result<()> {
         if self.num_files == 0 {
-            self.finished = emitter.begin(&format!("{}-{:05}", self.name, self.num_shards));
+            // Written or not, the files are counted and their keys hashed: only then is it known whether they are the same.
+            emitter.begin(&format!("{}-{:05}", self.name, self.num_shards), None)?;
             self.num_shards += 1;
         }
         self.num_files += 1;
         self.keys.update(&key);
         self.keys.update([0]);
-        if self.finished.is_some() {
-            emitter.skip(1);
-        } else {
-            let bytes = emitter.read_file(path);
-            let input = InputColumns { key, source: path.display().to_string(), ..InputColumns::default() };
-            emitter.push(input, bytes);
-        }
+        let input = InputColumns { key, source: path.display().to_string(), ..InputColumns::default() };
+        let max_bytes = emitter.max_image_bytes();
+        emitter.push(input, || read_file(path, max_bytes))?;
         if self.num_files == FILES_PER_SHARD { self.end(emitter) } else { Ok(()) }
     }
 
     /// # Errors
-    /// [`Error::Input`] when the shard was written from other files: some would be passed over.
+    /// As [`Emitter::end`]'s: some files would be passed over.
     fn end(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
-        let num_files = std::mem::take(&mut self.num_files);
-        let identity = hex(&self.keys.finalize_reset());
-        match self.finished.take() {
-            Some(finished) if !emitter.is_stopped() => {
-                let is_same_count = finished.counts.rows == num_files as u64;
-                let is_same = finished.identity.as_ref().is_none_or(|known| *known == identity);
-                if is_same_count && is_same {
-                    return Ok(());
-                }
-                Err(other_input(&self.name, &format!("{}-{:05}", self.name, self.num_shards - 1)))
-            }
-            Some(_) => Ok(()),
-            None => {
-                emitter.end(identity);
-                Ok(())
-            }
+        if std::mem::take(&mut self.num_files) == 0 {
+            return Ok(());
         }
-    }
-}
-
-/// The output holds a shard of this name that was made from other images.
-fn other_input(input: &str, shard: &str) -> Error {
-    Error::Input {
-        input: input.to_owned(),
-        reason: format!("the output has shard `{shard}` of other images"),
-        hint: "images were added, removed or reordered since; choose another --out, or start anew with --overwrite",
+        emitter.end(&hex(&self.keys.finalize_reset()))
     }
 }
 

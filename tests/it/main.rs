@@ -4,8 +4,10 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod bad_inputs;
+mod claims;
 mod clip;
 mod command_line;
+mod crash;
 mod demo;
 mod doctor;
 mod engines;
@@ -18,7 +20,10 @@ mod load;
 mod parity;
 mod precisions;
 mod preprocessing;
+mod resume;
 mod shards;
 mod shutdown;
+mod signals;
+mod sinks;
 mod support;
 mod text;

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::pipeline::input::is_image_extension;
-use crate::pipeline::source::{Emitter, FileShards, stem};
+use crate::pipeline::source::emitter::Emitter;
+use crate::pipeline::source::{FileShards, stem};
 
 /// Sends every image below `folder`; keys are paths below it. Returns what is wrong with the folder, if anything is.
 pub(super) fn run(folder: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Error>> {

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use bytes::Bytes;
 use flate2::read::MultiGzDecoder;
 use recaption_export::hex;
 use serde_json::{Map, Value};
@@ -14,7 +15,8 @@ use tar::{Archive, EntryType};
 use crate::error::{Error, Result};
 use crate::pipeline::input::is_image_extension;
 use crate::pipeline::row::InputColumns;
-use crate::pipeline::source::{Emitter, other_input, stem};
+use crate::pipeline::source::emitter::{Begun, Emitter, check_size};
+use crate::pipeline::source::stem;
 
 /// Largest `.txt` or `.json` that is read.
 const MAX_SIDECAR_BYTES: u64 = 16 << 20;
@@ -27,16 +29,12 @@ pub(super) fn run(path: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Error
         Ok(identity) => identity,
         Err(error) => return Ok(Some(error)),
     };
-    if let Some(finished) = emitter.begin(name) {
-        if finished.identity.is_some_and(|known| known != identity) {
-            return Err(other_input(&path.display().to_string(), name));
-        }
-        emitter.skip(finished.counts.rows as usize);
+    if emitter.begin(name, Some(&identity))? == Begun::Skip {
         return Ok(None);
     }
     match send_members(path, emitter) {
-        Ok(()) if emitter.num_rows > 0 || emitter.is_done() => {
-            emitter.end(identity);
+        Ok(()) if emitter.num_rows() > 0 || emitter.is_done() => {
+            emitter.end(&identity)?;
             Ok(None)
         }
         Ok(()) => {
@@ -47,7 +45,8 @@ pub(super) fn run(path: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Error
                 hint: "members are named {key}.jpg, .jpeg, .png, .webp, .gif or .bmp; the key ends at the first dot",
             }))
         }
-        Err(error) => {
+        Err(TarError::Run(error)) => Err(error),
+        Err(TarError::Damaged(error)) => {
             emitter.abandon();
             Ok(Some(Error::Input {
                 input: path.display().to_string(),
@@ -74,7 +73,27 @@ fn identity(path: &Path) -> Result<String> {
     read().map_err(Error::io("read", path))
 }
 
-fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
+/// Why a tar is not read to its end.
+enum TarError {
+    /// It cannot be read.
+    Damaged(std::io::Error),
+    /// The run cannot go on.
+    Run(Error),
+}
+
+impl From<std::io::Error> for TarError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Damaged(error)
+    }
+}
+
+impl From<Error> for TarError {
+    fn from(error: Error) -> Self {
+        Self::Run(error)
+    }
+}
+
+fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> Result<(), TarError> {
     let mut archive = Archive::new(open(path)?);
     let mut sample = Sample::default();
     for entry in archive.entries()? {
@@ -87,7 +106,7 @@ fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
         let member = entry.path_bytes().into_owned();
         let Some((key, extension)) = split_member(&member) else { continue };
         if sample.key != key {
-            std::mem::take(&mut sample).send(path, emitter);
+            std::mem::take(&mut sample).send(path, emitter)?;
             if emitter.is_done() {
                 return Ok(());
             }
@@ -101,10 +120,11 @@ fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
         };
         let extension = String::from_utf8_lossy(extension).to_ascii_lowercase();
         if is_image_extension(&extension) {
-            let image = match emitter.check_size(size) {
+            let image = match check_size(size, emitter.max_image_bytes()) {
                 _ if is_link => Err("the image is a link inside of the tar".to_owned()),
                 _ if !sample.images.is_empty() => Err(format!("the key has another image before this .{extension}")),
-                Ok(()) => Ok(read(emitter.max_image_bytes)?),
+                Ok(()) if !emitter.wants_bytes() => Ok(Vec::new()),
+                Ok(()) => Ok(read(emitter.max_image_bytes())?),
                 Err(reason) => Err(reason),
             };
             sample.images.push(image);
@@ -116,7 +136,7 @@ fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
             }
         }
     }
-    sample.send(path, emitter);
+    sample.send(path, emitter)?;
     Ok(())
 }
 
@@ -173,9 +193,9 @@ struct Sample {
 
 impl Sample {
     /// Sends the sample if it has an image.
-    fn send(self, source: &Path, emitter: &mut Emitter<'_>) {
+    fn send(self, source: &Path, emitter: &mut Emitter<'_>) -> Result<()> {
         if self.images.is_empty() {
-            return;
+            return Ok(());
         }
         let key = String::from_utf8_lossy(&self.key).into_owned();
         let mut input = InputColumns { key, source: source.display().to_string(), ..InputColumns::default() };
@@ -207,8 +227,9 @@ impl Sample {
             input.metadata = Some(Value::Object(fields).to_string());
         }
         for image in self.images {
-            emitter.push(input.clone(), image);
+            emitter.push(input.clone(), || image.map(Bytes::from))?;
         }
+        Ok(())
     }
 }
 
