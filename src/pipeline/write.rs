@@ -91,7 +91,7 @@ impl Counts {
 }
 
 /// A row in the form it is written: the columns of the output.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct WrittenRow {
     /// Tar stem, or path below the folder.
     pub key: String,
