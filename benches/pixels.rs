@@ -14,7 +14,7 @@ use recaption::pipeline::preprocess::{PixelFormat, Preprocessor};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-const SIDE: u64 = 336;
+const SIDE: u32 = 336;
 const ROUNDS: usize = 7;
 
 fn main() {
@@ -137,7 +137,12 @@ fn report(pictures: &Pictures, settings: &Preprocessing) {
             num_pixels as f64 / seconds / 1e6
         );
     };
-    println!("{} pictures, {:.1} Mpx, {:.1} MB; one core", images.len(), num_pixels as f64 / 1e6, num_bytes as f64 / 1e6);
+    println!(
+        "{} pictures, {:.1} Mpx, {:.1} MB; one core",
+        images.len(),
+        num_pixels as f64 / 1e6,
+        num_bytes as f64 / 1e6
+    );
     show("sha-256", median(|| pictures.0.iter().for_each(|(_, bytes)| drop(black_box(Sha256::digest(bytes))))));
     let load = |worker: &mut Worker| {
         for (_, bytes) in &pictures.0 {
@@ -155,7 +160,7 @@ fn report(pictures: &Pictures, settings: &Preprocessing) {
     show("preprocess", median(|| preprocess(&mut worker)));
     let format = PixelFormat::new(PixelLayout::Patches { zero_point: 128 }, settings, 14);
     let mut patches = format.allocate();
-    let preprocess = |worker: &mut Worker| {
+    let mut preprocess = |worker: &mut Worker| {
         for image in &images {
             worker.preprocessor.preprocess(image, format, &mut patches).expect("patches");
             black_box(&patches);

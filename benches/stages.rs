@@ -33,7 +33,8 @@ fn picture(width: u32, height: u32) -> Vec<u8> {
         noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         let edge = if (x / 37 + y / 53) % 2 == 0 { 60 } else { 0 };
         let grain = noise >> 28;
-        pixels.extend([x * 120 / width + edge, y * 120 / height + edge, 90 + edge].map(|sample| (sample + grain) as u8));
+        pixels
+            .extend([x * 120 / width + edge, y * 120 / height + edge, 90 + edge].map(|sample| (sample + grain) as u8));
     }
     pixels
 }

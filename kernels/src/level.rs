@@ -90,7 +90,6 @@ impl Level {
     }
 }
 
-
 const NAMES: [&str; 5] = ["portable", "avx2", "avxvnni", "avx512", "neon"];
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]

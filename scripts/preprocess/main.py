@@ -84,7 +84,9 @@ def sizes(folder: Path) -> tuple[int, float]:
 def compare(program: Path, images: Path, name: str, mode: str, rounds: int, core: int) -> str:
     folder = images / name
     ours = Worker([str(program), "--serve", str(folder), mode], core)
-    theirs = Worker([sys.executable, str(Path(__file__).with_name("pillow_worker.py")), str(folder), mode], core)
+    theirs = Worker(
+        [sys.executable, str(Path(__file__).with_name("pillow_worker.py")), str(folder), mode], core
+    )
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         ours.tell(f"save {first}")
         theirs.tell(f"save {second}")
@@ -100,7 +102,10 @@ def compare(program: Path, images: Path, name: str, mode: str, rounds: int, core
     cells = [f"{name} {mode}", str(count), f"{pixels / count / 1e6:.2f}"]
     for value in seconds:
         cells += [f"{count / value:.0f}", f"{pixels / value / 1e6:.0f}"]
-    cells += [f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", f"{mean:.4f}, {worst:.3f}"]
+    cells += [
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+        f"{mean:.4f}, {worst:.3f}",
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -114,7 +119,9 @@ def main() -> None:
     import numpy
     from PIL import Image, features
 
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     turbo = features.version("libjpeg_turbo")
     lines = [
         f"{processor()}, one core; commit {revision.stdout.strip()}; {arguments.rounds} alternating rounds",

@@ -66,7 +66,8 @@ fn a_warm_loader_allocates_no_pixels() {
         name.ends_with(".jpg") && !is_odd
     };
     let names = index["photos"].as_array().unwrap().iter().map(|photo| photo["file"].as_str().unwrap());
-    let files: Vec<_> = names.filter(|name| is_wanted(name)).map(|name| std::fs::read(folder.join(name)).unwrap()).collect();
+    let files: Vec<_> =
+        names.filter(|name| is_wanted(name)).map(|name| std::fs::read(folder.join(name)).unwrap()).collect();
     assert!(files.len() >= 10, "{} files", files.len());
     let settings = settings(true);
     let mut loader = Loader::new(LoadLimits::default(), Some(settings.clone()));
@@ -81,7 +82,10 @@ fn a_warm_loader_allocates_no_pixels() {
             memory = image.pixels;
         }
         let (number, largest) = ALLOCATED.get();
-        println!("round {round}: {:.1} allocations a picture, at most {largest} bytes", number as f64 / files.len() as f64);
+        println!(
+            "round {round}: {:.1} allocations a picture, at most {largest} bytes",
+            number as f64 / files.len() as f64
+        );
         if round == 1 {
             assert!(largest <= MAX_BYTES, "{largest} bytes at once");
         }

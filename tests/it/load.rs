@@ -239,7 +239,11 @@ fn a_plain_jpeg_is_cut_or_continued_as_any_other() {
         let alone = pixels(&bytes);
         for length in 1..bytes.len() {
             let cut = load(&bytes[..length], &LoadLimits::default());
-            assert!(!matches!(cut, Ok(_) | Err(LoadError::DecoderPanicked { .. })), "cut to {length} of {}", bytes.len());
+            assert!(
+                !matches!(cut, Ok(_) | Err(LoadError::DecoderPanicked { .. })),
+                "cut to {length} of {}",
+                bytes.len()
+            );
         }
         let followed = [&bytes[..], b"\xff\xd8\xff\xe1 trailing bytes of another tool"].concat();
         assert_eq!(pixels(&followed), alone);

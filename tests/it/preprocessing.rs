@@ -90,7 +90,8 @@ fn photographs_become_the_tensors_of_the_reference() {
         num_exact += usize::from(is_exact);
         for (mode, worst) in ["pad", "crop"].into_iter().zip(&mut worst) {
             let (mean, max) = difference(&image, mode, &photo);
-            let tolerances = if is_exact { (EXACT_TOLERANCE, EXACT_TOLERANCE) } else { (MEAN_TOLERANCE, MAX_TOLERANCE) };
+            let tolerances =
+                if is_exact { (EXACT_TOLERANCE, EXACT_TOLERANCE) } else { (MEAN_TOLERANCE, MAX_TOLERANCE) };
             assert!(mean <= tolerances.0 && max <= tolerances.1, "{file} {mode}: mean {mean}, max {max}");
             *worst = (f64::max(worst.0, mean), f64::max(worst.1, max));
         }

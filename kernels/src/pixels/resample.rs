@@ -369,8 +369,7 @@ mod tests {
                 for (i, &found) in out.iter().enumerate() {
                     let (y, x) = (i / (3 * width), i % (3 * width));
                     let output = &down.outputs[y];
-                    let expected =
-                        sum(output, &down, x % 3, &|t| samples[(output.start as usize + t) * stride + x]);
+                    let expected = sum(output, &down, x % 3, &|t| samples[(output.start as usize + t) * stride + x]);
                     assert_eq!(found, expected, "{} {width}x{height} at {i}", level.name());
                 }
             }

@@ -222,55 +222,55 @@ impl Plane {
     }
 }
 
-    /// Writes the rows that are complete after row `row` of MCUs.
-    fn emit(
+/// Writes the rows that are complete after row `row` of MCUs.
+fn emit(
     layout: &Layout,
     row: usize,
     [luma, planes @ ..]: &[Plane; 3],
     (upsampled, sums): (&mut [Vec<u8>; 2], &mut [u16]),
     pixels: &mut [u8],
 ) {
-        let Layout { level, width, height, num_lines, .. } = *layout;
-        let start = row * num_lines;
-        // The last row needs chroma of the MCUs below.
-        let (first, end) = match layout.is_half_high {
-            true if row + 1 == layout.num_rows => (start.saturating_sub(1), height),
-            true => (start.saturating_sub(1), (start + num_lines - 1).min(height)),
-            false => (start, (start + num_lines).min(height)),
-        };
-            for y in first..end {
-            // The row above the MCUs is kept in front of them.
-            let luma = &luma.samples[(y + 1 - start) * luma.stride..][..width];
-            let out = &mut pixels[3 * width * y..][..3 * width];
-            if layout.is_grey {
-                pixels::grey_to_rgb(luma, out);
-                continue;
-            }
-            let mut rows: [&[u8]; 2] = [&[]; 2];
-            for ((plane, upsampled), chroma) in planes.iter().zip(&mut *upsampled).zip(&mut rows) {
-                let num_samples = if layout.is_half_wide { width.div_ceil(2) } else { width };
-                let line = |line: usize| &plane.samples[line * plane.stride..][..num_samples];
-                if layout.is_half_high {
-                    let (above, num_samples_high) = (start / 2, height.div_ceil(2));
-                    let near = y / 2;
-                    let far = match y % 2 {
-                        0 => near.saturating_sub(1),
-                        _ => (near + 1).min(num_samples_high - 1),
-                    };
-                    let [near, far] = [near, far].map(|y| line(y + 1 - above));
-                    pixels::upsample_columns_and_rows(level, near, far, sums, upsampled);
-                    *chroma = upsampled;
-                } else if layout.is_half_wide {
-                    pixels::upsample_columns(level, line(y + 1 - start), upsampled);
-                    *chroma = upsampled;
-                } else {
-                    *chroma = line(y + 1 - start);
-                }
-            }
-            let [cb, cr] = rows;
-            pixels::ycc_to_rgb(level, luma, &cb[..width], &cr[..width], out);
+    let Layout { level, width, height, num_lines, .. } = *layout;
+    let start = row * num_lines;
+    // The last row needs chroma of the MCUs below.
+    let (first, end) = match layout.is_half_high {
+        true if row + 1 == layout.num_rows => (start.saturating_sub(1), height),
+        true => (start.saturating_sub(1), (start + num_lines - 1).min(height)),
+        false => (start, (start + num_lines).min(height)),
+    };
+    for y in first..end {
+        // The row above the MCUs is kept in front of them.
+        let luma = &luma.samples[(y + 1 - start) * luma.stride..][..width];
+        let out = &mut pixels[3 * width * y..][..3 * width];
+        if layout.is_grey {
+            pixels::grey_to_rgb(luma, out);
+            continue;
         }
+        let mut rows: [&[u8]; 2] = [&[]; 2];
+        for ((plane, upsampled), chroma) in planes.iter().zip(&mut *upsampled).zip(&mut rows) {
+            let num_samples = if layout.is_half_wide { width.div_ceil(2) } else { width };
+            let line = |line: usize| &plane.samples[line * plane.stride..][..num_samples];
+            if layout.is_half_high {
+                let (above, num_samples_high) = (start / 2, height.div_ceil(2));
+                let near = y / 2;
+                let far = match y % 2 {
+                    0 => near.saturating_sub(1),
+                    _ => (near + 1).min(num_samples_high - 1),
+                };
+                let [near, far] = [near, far].map(|y| line(y + 1 - above));
+                pixels::upsample_columns_and_rows(level, near, far, sums, upsampled);
+                *chroma = upsampled;
+            } else if layout.is_half_wide {
+                pixels::upsample_columns(level, line(y + 1 - start), upsampled);
+                *chroma = upsampled;
+            } else {
+                *chroma = line(y + 1 - start);
+            }
+        }
+        let [cb, cr] = rows;
+        pixels::ycc_to_rgb(level, luma, &cb[..width], &cr[..width], out);
     }
+}
 
 /// Whether a segment was read to its last byte and not beyond.
 fn is_at_end(bits: &Bits<'_>, segment: &Range<usize>) -> Option<()> {
