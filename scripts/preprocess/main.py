@@ -2,9 +2,9 @@
 
     scripts/bench_preprocess.sh [--rounds 7] [--write FILE]
 
-Both do the same work, from a file's bytes in memory to the normalised tensor of 336 x 336, in one thread that is pinned to
-one core. A round is one pass of either over all pictures; the figures are medians of the rounds, and the ratio is the median
-of the rounds' ratios. The tensors are compared as well.
+Both do the same work, from a file's bytes in memory to the normalised tensor of 336 x 336, in one thread
+that is pinned to one core. A round is one pass of either over all pictures; the figures are medians of the
+rounds, and the ratio is the median of the rounds' ratios. The tensors are compared as well.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def main() -> None:
         f"{processor()}, one core; commit {revision.stdout.strip()}; {arguments.rounds} alternating rounds",
         f"Pillow {Image.__version__} (libjpeg-turbo {turbo}, no `draft`), numpy {numpy.__version__}",
         "",
-        "| pictures | number | megapixels each | recaption img/s | Mpx/s | Pillow img/s | Mpx/s | ratio (range) | "
-        "tensors differ by: mean, most |",
+        "| pictures | number | megapixels each | recaption img/s | Mpx/s | Pillow img/s | Mpx/s "
+        "| ratio (range) | tensors differ by: mean, most |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)

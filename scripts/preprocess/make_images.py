@@ -4,7 +4,8 @@
 
 PHOTOS is the folder of scripts/fetch_test_data.sh. OUTPUT gets three folders:
 
-web    long side 500, as img2dataset leaves images of the web: 4:2:0 mostly, qualities 75 to 95, one in ten progressive
+web    long side 500, as img2dataset leaves images of the web: 4:2:0 mostly, qualities 75 to 95, one in ten
+       progressive
 large  long side 2000 to 6000, quality 85 to 92, 4:2:0 mostly
 other  the web pictures as PNG and WebP
 """

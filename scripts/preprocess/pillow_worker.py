@@ -1,7 +1,7 @@
 """Pillow and numpy as LLaVA's code uses them, one thread: bytes to normalised [3, 336, 336].
 
-Reads commands from standard input, a line each: `time` does all pictures once and prints the seconds, `save FOLDER` writes
-their tensors, raw little-endian float32, under the pictures' names.
+Reads commands from standard input, a line each: `time` does all pictures once and prints the seconds, `save
+FOLDER` writes their tensors, raw little-endian float32, under the pictures' names.
 
     python scripts/preprocess/pillow_worker.py FOLDER pad|crop
 """

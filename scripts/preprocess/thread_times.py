@@ -2,8 +2,8 @@
 
     python scripts/preprocess/thread_times.py recaption run PICTURES --model BUNDLE --out FOLDER --overwrite
 
-Linux only. Reads the counters of all threads every 20 ms until the command ends. The share is of the time from the first
-work of an engine to the end, so loading the model does not count.
+Linux only. Reads the counters of all threads every 20 ms until the command ends. The share is of the time
+from the first work of an engine to the end, so loading the model does not count.
 """
 
 from __future__ import annotations
