@@ -144,7 +144,9 @@ pub(crate) fn run(
 /// it; a PNG of 178 million x 1 pixels would take gigabytes.
 const MAX_SIDE: u32 = 1 << 20;
 
-/// Pixels per output pixel that are left at least when a picture is loaded reduced.
+/// Pixels per output pixel that are left at least when a picture is loaded reduced. Halved down to 4 of them, photographs that are
+/// sharp to the pixel differ by at most 0.0065 in the mean of the normalised tensor and 0.058 in any value; at 3
+/// it is 0.0105 and 0.088, beyond the tolerance of the tests.
 const MIN_SCALE_REDUCED: f64 = 4.0;
 
 /// By how much a picture of (width, height) may be reduced (1, 2, 4 or 8) before it is preprocessed, so that the result is the

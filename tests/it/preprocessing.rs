@@ -120,7 +120,7 @@ fn large_photographs_are_loaded_smaller_and_become_the_same_tensors() {
             assert!(mean <= MEAN_TOLERANCE && max <= MAX_TOLERANCE, "{file} {mode}: mean {mean}, max {max}");
         }
     }
-    assert!(num_reduced >= 4, "{num_reduced} were reduced");
+    assert!(num_reduced >= 2, "{num_reduced} were reduced");
 }
 
 #[test]
