@@ -16,7 +16,6 @@ pub mod profile;
 pub mod runtime;
 pub mod stage;
 pub mod storage;
-pub mod storage;
 
 pub use error::{Error, Result};
 pub use recaption_export as export;

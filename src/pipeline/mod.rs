@@ -38,8 +38,8 @@ use crate::pipeline::engine::{
     Captioner, Engine, EngineChannels, EngineOptions, Failing, ImageCaptioner, Injection, Returns,
 };
 use crate::pipeline::input::Input;
-use crate::pipeline::load::LoadLimits;
-use crate::pipeline::pool::BufferPool;
+use crate::pipeline::load::{LoadLimits, Loader};
+use crate::pipeline::pool::{BufferPool, SamplePool};
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::source::{Part, SourceChannels, SourceOptions, SourceReport};
@@ -229,6 +229,8 @@ fn run_stages(
     let max_rows = if has_images { MAX_QUEUED_ROWS_WITH_IMAGES } else { MAX_QUEUED_ROWS };
     let (rows_in, rows_out) = bounded(max_rows);
     let pool = BufferPool::new(max_preprocessed + options.num_load_threads, pixel_format);
+    // One is being filled, some wait, one is being read.
+    let samples = SamplePool::new((2 + MAX_QUEUED_LOADED_PER_THREAD) * options.num_load_threads);
     let source_options = SourceOptions {
         inputs: options.inputs.clone(),
         output,
@@ -272,17 +274,20 @@ fn run_stages(
         })?;
         for i in 0..options.num_load_threads {
             let (records, loaded, rows) = (records_out.clone(), loaded_in.clone(), rows_in.clone());
+            let (loader, memory) =
+                (Loader::new(options.load_limits.clone(), Some(preprocessing.clone())), samples.clone());
             spawn(scope, recorder, format!("{}-{i}", Stage::Load), move || {
                 supervisor.watch(Stage::Load, || {
-                    load::run(&records, &loaded, &rows, &options.load_limits);
+                    load::run(&records, &loaded, &rows, loader, &memory);
                     Ok(())
                 })
             })?;
             let (loaded, preprocessed, rows) = (loaded_out.clone(), preprocessed_in.clone(), rows_in.clone());
-            let (preprocessor, pool) = (Preprocessor::new(preprocessing.clone()), pool.clone());
+            let (preprocessor, pool, memory) =
+                (Preprocessor::new(preprocessing.clone()), pool.clone(), samples.clone());
             spawn(scope, recorder, format!("{}-{i}", Stage::Preprocess), move || {
                 supervisor.watch(Stage::Preprocess, || {
-                    preprocess::run(&loaded, &preprocessed, &rows, preprocessor, &pool);
+                    preprocess::run(&loaded, &preprocessed, &rows, preprocessor, (&pool, &memory));
                     Ok(())
                 })
             })?;

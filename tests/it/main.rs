@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+mod allocations;
 mod bad_inputs;
 mod claims;
 mod clip;

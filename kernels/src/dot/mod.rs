@@ -8,6 +8,8 @@ mod portable;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 /// Most rows of a tile: 12 x 2 accumulators of 16 lanes, two weights and an activation fit in 32 registers.
 pub(crate) const ROWS: usize = 12;
@@ -62,7 +64,7 @@ impl Tile<'_> {
 }
 
 /// Calls `$f::<N>($tile, $sums)` for the N that equals `$rows`.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! with_rows {
     ($rows:expr, $f:ident($tile:expr, $sums:expr), $($n:literal)*) => {
         match $rows {
@@ -72,5 +74,5 @@ macro_rules! with_rows {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use with_rows;
