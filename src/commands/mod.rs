@@ -52,6 +52,6 @@ pub fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Export(args) => export::execute(&args),
         Command::Inspect(args) => inspect::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
-        Command::Run(args) => run::execute(args),
+        Command::Run(args) => run::execute(*args),
     }
 }

@@ -4,6 +4,7 @@ mod output;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use recaption_export::Target;
 use serde_json::{Value, json};
@@ -17,10 +18,12 @@ use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
 use crate::pipeline::load::LoadLimits;
+use crate::pipeline::source;
 use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::{Format, Sink, failures, fault, write_shared};
 use crate::pipeline::{RunOptions, Summary};
 use crate::runtime::{self, Device, host, load_library};
+use crate::storage::{self, Policy};
 use crate::terminal;
 
 const SUMMARY_FILE: &str = "summary.json";
@@ -88,8 +91,13 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
     if let Some(fault) = args.inject_io_error {
         fault::inject(fault);
     }
+    storage::configure(Policy {
+        max_retries: args.storage_retries,
+        timeout: Duration::from_secs(args.storage_timeout),
+    });
     let inputs: Vec<Input> =
         args.inputs.iter().map(|text| Input::parse(text)).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    source::check(&inputs, args.image_column.as_deref())?;
     let bundle = Bundle::open(&args.model)?;
     let tokenizer = Tokenizer::open(&bundle.tokenizer_path())?;
     let prompt = Prompt::build(&args.prompt, args.template.as_ref(), &bundle.manifest.prompt, &tokenizer)?;
@@ -126,6 +134,7 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
         num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
         load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
         max_image_bytes: args.max_image_bytes,
+        image_column: args.image_column,
         limit: args.limit,
         with_token_ids: args.with_token_ids,
         quiet: args.quiet,
@@ -265,6 +274,7 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
             "ignore_eos": args.ignore_eos,
             "with_token_ids": args.with_token_ids,
             "limit": args.limit,
+            "image_column": args.image_column,
             "max_pixels": args.max_pixels,
             "max_image_bytes": args.max_image_bytes,
             "format": format,
