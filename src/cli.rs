@@ -84,16 +84,19 @@ pub enum Command {
     Export(ExportArgs),
     /// Caption images with a bundle
     ///
-    /// INPUT is an image file, a folder (searched recursively), a webdataset tar (`{key}.jpg` with optional `{key}.txt` and
-    /// `{key}.json`; gzip-compressed or not), a brace range of those, or `-` for paths on standard input, one a line.
+    /// INPUT is an image, a folder (searched recursively), a webdataset tar (`{key}.jpg` with optional `{key}.txt` and
+    /// `{key}.json`; gzip-compressed or not), a .parquet file with a column of images, a brace range of those, or `-` for
+    /// paths and URLs of images on standard input, one a line. All of them may lie in an object store or on a web server:
+    /// s3://, gs://, az://, https://, with the settings of the stores' own tools (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …).
     ///
     /// With --out, each input shard becomes one file in the output folder, and the same command again goes on after the
     /// shards that are done. Without it, one JSON object per image goes to standard output. An image that fails is a row with
     /// `status: failed` and its reason; it never ends the run.
     #[command(after_long_help = "Examples:\n  recaption run photos/ --model bundles/llava-8b\n  \
         recaption run 'shards/{00000..00012}.tar' --model bundles/llava-8b --out captions\n  \
+        recaption run 's3://bucket/train-{00000..00012}.parquet' --model bundles/llava-8b --out captions\n  \
         find . -name '*.png' | recaption run - --model bundles/llava-8b --out captions --provider cuda")]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Say where the time of a run goes, and how far that is from what the machine can do
     ///
     /// Captions INPUT as `run` does, with the same flags, and throws the captions away. Prints a table of the stages: how many
@@ -470,6 +473,22 @@ pub struct CaptioningArgs {
     /// Example: --limit 1000
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    /// Column of .parquet inputs that holds the images [default: the one of bytes, or the one named image, jpg, …]
+    ///
+    /// Bytes, or a struct of `bytes` and `path`. Example: --image-column photo
+    #[arg(long, value_name = "NAME")]
+    pub image_column: Option<String>,
+    /// How often a request to an object store or web server is tried again
+    ///
+    /// After server errors, broken connections and time-outs, with waits from 0.1 s that double up to 15 s, for 4 minutes at
+    /// most. Example: --storage-retries 3
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub storage_retries: usize,
+    /// Seconds after which a request to an object store or web server is given up
+    ///
+    /// Example: --storage-timeout 20
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub storage_timeout: u64,
     /// Fail images of more pixels than this, before they are decoded
     ///
     /// The default is where Pillow refuses an image as a decompression bomb. Example: --max-pixels 50000000

@@ -34,7 +34,7 @@ pub use failure::Failure;
 pub use list::{Listed, Listing};
 pub use ranges::{RangeCursor, RangeReader};
 pub use read::Reader;
-pub use small::Version;
+pub use small::{PendingRead, Version};
 pub use write::AtomicWriter;
 
 /// A file, folder, object or prefix.

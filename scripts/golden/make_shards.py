@@ -3,10 +3,11 @@
     pip install img2dataset==1.47.0 webdataset==0.2.111 pyarrow==26.0.1 datasets==5.2.0 pillow==13.0.0
     python scripts/golden/make_shards.py
 
-Writes tests/data/shards/: `img2dataset.tar` with its `.parquet` and `_stats.json`, downloaded by img2dataset from a web
-server on loopback that lacks one of the pictures; `webdataset.tar` by webdataset's TarWriter; `pax.tar` and `gnu.tar` with
-long names by Python's tarfile; `datasets.parquet` by Hugging Face datasets; `plain.parquet` by pyarrow, with bytes, types of
-all kinds, nulls and several row groups; and `expected.json`, the rows as webdataset, tarfile and pyarrow read them again.
+Writes tests/data/shards/: `img2dataset.tar` with its `.parquet` and `_stats.json`, downloaded by img2dataset
+from a web server on loopback that lacks one of the pictures; `webdataset.tar` by webdataset's TarWriter;
+`pax.tar` and `gnu.tar` with long names by Python's tarfile; `datasets.parquet` by Hugging Face datasets;
+`plain.parquet` by pyarrow, with bytes, types of all kinds, nulls and several row groups; and `expected.json`,
+the rows as webdataset, tarfile and pyarrow read them again.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def webdataset_shard(path: Path) -> None:
 
 
 def long_names(path: Path, tar_format: int) -> None:
-    """Names longer than a header's 100 bytes, beyond ASCII, in members that lie apart, with a link among them."""
+    """Names beyond a header's 100 bytes and beyond ASCII, in members that lie apart, and a link."""
     long = "very/" + "long-" * 40 + "näme"
     members = [
         (f"{long}-0.jpg", picture(0)),
@@ -129,11 +130,21 @@ def long_names(path: Path, tar_format: int) -> None:
 
 
 def datasets_table(path: Path) -> None:
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["a", "b"]),
+        }
+    )
     images = [{"bytes": picture(index), "path": f"{index}.jpg"} for index in range(5)]
     images.append({"bytes": None, "path": "elsewhere.jpg"})
     images.append(None)
-    rows = {"image": images, "text": [f"text {index}" for index in range(6)] + [None], "label": [0, 1, 0, 1, 0, 1, 0]}
+    rows = {
+        "image": images,
+        "text": [f"text {index}" for index in range(6)] + [None],
+        "label": [0, 1, 0, 1, 0, 1, 0],
+    }
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path), batch_size=3)
 
 
@@ -147,7 +158,9 @@ def plain_table(path: Path) -> None:
             "jpg": pa.array([picture(index) for index in range(count)], pa.large_binary()),
             "key": pa.array([f"k{index}" for index in range(count)], pa.large_string()),
             "url": [f"https://example.org/{index}?a=b#c" for index in range(count)],
-            "TEXT": pa.array(["same", "same", None, "same", "other", "other", "\N{CAT FACE}"]).dictionary_encode(),
+            "TEXT": pa.array(
+                ["same", "same", None, "same", "other", "other", "\N{CAT FACE}"]
+            ).dictionary_encode(),
             "sha256": [sha256(picture(index)) for index in range(count)],
             "tags": pa.array([["a"], [], None, ["b", None], ["c"], ["d"], ["e"]], pa.list_(pa.string())),
             "box": [{"x": index, "y": None, "raw": b"bytes"} for index in range(count)],
@@ -213,7 +226,10 @@ def main() -> None:
     }
     table = pq.read_table(out / "datasets.parquet")
     expected["datasets.parquet"] = [
-        {"image_sha256": sha256(row["image"]["bytes"]) if row["image"] and row["image"]["bytes"] else None, "text": row["text"]}
+        {
+            "image_sha256": sha256(row["image"]["bytes"]) if row["image"] and row["image"]["bytes"] else None,
+            "text": row["text"],
+        }
         for row in table.to_pylist()
     ]
     table = pq.read_table(out / "plain.parquet", columns=["key", "url", "TEXT", "sha256", "jpg"])

@@ -1,6 +1,6 @@
 """Serves S3 on loopback for the tests: moto's, in memory. Prints its port, and ends when standard input does.
 
-    python scripts/golden/serve_s3.py
+python scripts/golden/serve_s3.py
 """
 
 from __future__ import annotations

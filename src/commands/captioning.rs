@@ -1,6 +1,7 @@
 //! What `run` and `profile` have in common: what the user typed about captions becomes validated options.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use recaption_export::Target;
 
@@ -15,9 +16,11 @@ use crate::pipeline::RunOptions;
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
 use crate::pipeline::load::LoadLimits;
+use crate::pipeline::source;
 use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::Sink;
 use crate::runtime::{self, Device, host, load_library};
+use crate::storage::{self, Policy};
 
 /// Engines made for a bundle of target cpu where nobody says how many.
 const MAX_CPU_ENGINES: usize = 16;
@@ -41,8 +44,13 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
     if let Some((stage, count)) = args.inject_panic {
         crate::stage::inject_panic(stage, count);
     }
+    storage::configure(Policy {
+        max_retries: args.storage_retries,
+        timeout: Duration::from_secs(args.storage_timeout),
+    });
     let inputs: Vec<Input> =
         inputs.iter().map(|text| Input::parse(text)).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    source::check(&inputs, args.image_column.as_deref())?;
     let bundle = Bundle::open(model)?;
     let tokenizer = Tokenizer::open(&bundle.tokenizer_path())?;
     let prompt = Prompt::build(&args.prompt, args.template.as_ref(), &bundle.manifest.prompt, &tokenizer)?;
@@ -74,6 +82,7 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
         num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
         load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
         max_image_bytes: args.max_image_bytes,
+        image_column: args.image_column.clone(),
         limit: args.limit,
         with_token_ids,
         quiet: args.quiet,

@@ -57,6 +57,6 @@ pub fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Doctor(args) => doctor::execute(&args),
         Command::Plan(args) => plan::execute(&args),
         Command::Profile(args) => profile::execute(&args),
-        Command::Run(args) => run::execute(args),
+        Command::Run(args) => run::execute(&args),
     }
 }

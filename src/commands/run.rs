@@ -23,11 +23,11 @@ const SUMMARY_FILE: &str = "summary.json";
 /// Reasons of failed rows that the last lines of a run show.
 const SHOWN_REASONS: usize = 3;
 
-pub(super) fn execute(args: RunArgs) -> anyhow::Result<Outcome> {
+pub(super) fn execute(args: &RunArgs) -> anyhow::Result<Outcome> {
     let (is_quiet, is_json, out, overwrite) = (args.captioning.quiet, args.json, &args.out, args.overwrite);
     // Before anything else: a port that is taken should cost nobody a model that loads for minutes.
     let address = args.metrics.map(live::listen).transpose()?;
-    let (mut options, settings) = prepare(&args)?;
+    let (mut options, settings) = prepare(args)?;
     if let Some(address) = address {
         if !is_quiet {
             print_line(&format!("metrics: http://{address}/metrics"));
@@ -126,6 +126,7 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
             "ignore_eos": args.captioning.ignore_eos,
             "with_token_ids": args.with_token_ids,
             "limit": args.captioning.limit,
+            "image_column": args.captioning.image_column,
             "max_pixels": args.captioning.max_pixels,
             "max_image_bytes": args.captioning.max_image_bytes,
             "format": format,

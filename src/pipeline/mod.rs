@@ -76,6 +76,8 @@ pub struct RunOptions {
     pub load_limits: LoadLimits,
     /// Largest image file that is read.
     pub max_image_bytes: u64,
+    /// The column of Parquet inputs that holds the images, where it cannot be told by itself.
+    pub image_column: Option<String>,
     /// Most images to caption.
     pub limit: Option<usize>,
     /// Whether rows carry their token ids.
@@ -237,6 +239,7 @@ fn run_stages(
         part: options.part,
         limit: options.limit,
         max_image_bytes: options.max_image_bytes,
+        image_column: options.image_column.clone(),
     };
     let write_options = WriteOptions {
         output,

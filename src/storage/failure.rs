@@ -51,11 +51,6 @@ impl Failure {
         }
     }
 
-    /// Whether another try may help.
-    pub(super) fn is_transient(self) -> bool {
-        matches!(self, Self::Unreachable | Self::TimedOut | Self::Server | Self::Other)
-    }
-
     fn of(error: &object_store::Error) -> Self {
         use object_store::Error as Store;
         match error {

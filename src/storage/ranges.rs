@@ -33,6 +33,8 @@ struct Windows {
     source: Source,
     /// Offset and bytes; the one used last is the last.
     windows: Mutex<Vec<(u64, Bytes)>>,
+    /// Why the last request failed: libraries between make text of it.
+    failure: Mutex<Option<Error>>,
 }
 
 impl Location {
@@ -46,7 +48,7 @@ impl Location {
             Self::Object(object) => {
                 let meta = object.ask("open", |store, path| async move { store.head(&path).await })?;
                 let source = Source::new(object, object.store()?, &meta);
-                Inner::Object(Arc::new(Windows { source, windows: Mutex::default() }))
+                Inner::Object(Arc::new(Windows { source, windows: Mutex::default(), failure: Mutex::default() }))
             }
         }))
     }
@@ -73,7 +75,11 @@ impl Windows {
         let end = (wanted.start + WINDOW_BYTES).max(wanted.end).min(size);
         let begin = if end == size { wanted.start.min(size.saturating_sub(WINDOW_BYTES)) } else { wanted.start };
         let fetched = wait(self.source.clone().fetch(begin..end));
-        let bytes = fetched.map_err(|error| to_io(self.source.object.error("read", &error)))?;
+        let bytes = fetched.map_err(|error| {
+            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some(self.source.object.error("read", &error));
+            to_io(self.source.object.error("read", &error))
+        })?;
         let window = (begin, bytes);
         let found = slice(&window, &wanted);
         // What is larger than a window is read once.
@@ -92,6 +98,15 @@ fn slice((at, bytes): &(u64, Bytes), wanted: &Range<u64>) -> Bytes {
 }
 
 impl RangeReader {
+    /// Why the last request to an object store failed, if one did: once.
+    #[must_use]
+    pub fn take_failure(&self) -> Option<Error> {
+        match &self.0 {
+            Inner::Local(_) => None,
+            Inner::Object(windows) => windows.failure.lock().unwrap_or_else(PoisonError::into_inner).take(),
+        }
+    }
+
     /// `length` bytes at `start`, or those up to the end.
     ///
     /// # Errors

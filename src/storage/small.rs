@@ -6,9 +6,12 @@ use std::io::{ErrorKind, Read, Write};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{ObjectStoreExt, PutMode, PutOptions, PutResult, UpdateVersion};
+use tokio::task::JoinHandle;
 
 use crate::error::{Error, Result};
+use crate::storage::client::{policy, spawn, wait};
 use crate::storage::failure::Failure;
+use crate::storage::read::back_off;
 use crate::storage::{AtomicWriter, Location, Object};
 
 /// What tells a state of a small file from its later ones: an object's ETag, a local file's contents.
@@ -19,6 +22,39 @@ pub struct Version(Kind);
 enum Kind {
     Contents(Vec<u8>),
     Object { e_tag: Option<String>, version: Option<String> },
+}
+
+/// A read on its way. Dropped, it is given up.
+pub struct PendingRead(Object, Option<JoinHandle<Result<(Bytes, Version)>>>);
+
+impl Object {
+    /// Starts to read it whole, up to `max_bytes`, while this thread does something else.
+    ///
+    /// # Errors
+    /// When no client can be made from the settings.
+    pub fn read_ahead(&self, max_bytes: u64) -> Result<PendingRead> {
+        Ok(PendingRead(self.clone(), Some(spawn(self.begin_read(max_bytes)?))))
+    }
+}
+
+impl PendingRead {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// As those of [`Location::read`].
+    pub fn wait(mut self) -> Result<Bytes> {
+        let cancelled = || self.0.failure("read", Failure::Other, "the reading of it was cancelled".to_owned());
+        let Some(task) = self.1.take() else { return Err(cancelled()) };
+        wait(task).unwrap_or_else(|_| Err(cancelled())).map(|(bytes, _)| bytes)
+    }
+}
+
+impl Drop for PendingRead {
+    fn drop(&mut self) {
+        if let Some(task) = &self.1 {
+            task.abort();
+        }
+    }
 }
 
 impl From<PutResult> for Version {
@@ -191,7 +227,12 @@ impl Object {
     }
 
     fn read(&self, max_bytes: u64) -> Result<(Bytes, Version)> {
-        let (store, policy) = (self.store()?, super::client::policy());
+        wait(self.begin_read(max_bytes)?)
+    }
+
+    /// The request of a read, for whoever waits for it.
+    fn begin_read(&self, max_bytes: u64) -> Result<impl Future<Output = Result<(Bytes, Version)>> + Send + use<>> {
+        let (object, store, policy) = (self.clone(), self.store()?, policy());
         let path = self.path.clone();
         let read = async move {
             let mut failures = 0;
@@ -208,16 +249,18 @@ impl Object {
                     Err(error) if failures >= policy.max_retries => return Err(error),
                     Err(_) => {
                         failures += 1;
-                        super::read::back_off(failures).await;
+                        back_off(failures).await;
                     }
                 }
             }
         };
-        let read: Result<_, object_store::Error> = super::client::wait(read);
-        match read.map_err(|error| self.error("read", &error))? {
-            Ok(found) => Ok(found),
-            Err(size) => Err(self.failure("read", Failure::TooLarge, over_limit(size, max_bytes))),
-        }
+        Ok(async move {
+            let read: Result<_, object_store::Error> = read.await;
+            match read.map_err(|error| object.error("read", &error))? {
+                Ok(found) => Ok(found),
+                Err(size) => Err(object.failure("read", Failure::TooLarge, over_limit(size, max_bytes))),
+            }
+        })
     }
 }
 

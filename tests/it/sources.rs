@@ -67,7 +67,10 @@ fn tars_of_img2dataset_and_webdataset_give_what_their_own_readers_give() {
         let mut rows = printed_rows(&run(&[&shard(name)]));
         if name.starts_with("pax") || name.starts_with("gnu") {
             let link = rows.pop().unwrap();
-            assert_eq!((&link["key"], &link["error"]), (&json!("link"), &json!("source: the image is a link inside of the tar")));
+            assert_eq!(
+                (&link["key"], &link["error"]),
+                (&json!("link"), &json!("source: the image is a link inside of the tar"))
+            );
         }
         let expected = expected[name].as_array().unwrap();
         assert_eq!(rows.len(), expected.len(), "{name}");
@@ -85,7 +88,8 @@ fn tars_of_img2dataset_and_webdataset_give_what_their_own_readers_give() {
         if name == "img2dataset.tar" {
             let metadata: Value = serde_json::from_str(rows[0]["metadata"].as_str().unwrap()).unwrap();
             let names: Vec<&String> = metadata.as_object().unwrap().keys().collect();
-            let kept = ["score", "status", "error_message", "width", "height", "original_width", "original_height", "exif"];
+            let kept =
+                ["score", "status", "error_message", "width", "height", "original_width", "original_height", "exif"];
             assert_eq!(names, kept);
         }
     }
@@ -160,7 +164,13 @@ fn parquet_gives_what_pyarrow_gives() {
     let expected_rows = expected["plain.parquet"].as_array().unwrap();
     assert_eq!(rows.len(), expected_rows.len());
     for (row, expected) in rows.iter().zip(expected_rows) {
-        for (name, other) in [("key", "key"), ("url", "url"), ("org_caption", "TEXT"), ("sha256", "sha256"), ("image_sha256", "image_sha256")] {
+        for (name, other) in [
+            ("key", "key"),
+            ("url", "url"),
+            ("org_caption", "TEXT"),
+            ("sha256", "sha256"),
+            ("image_sha256", "image_sha256"),
+        ] {
             assert_eq!(row[name], expected[other], "{name}");
         }
         assert_eq!(row["status"], "ok");
@@ -182,7 +192,11 @@ fn parquet_gives_what_pyarrow_gives() {
     assert_eq!(rows.len(), expected_rows.len());
     for (index, (row, expected)) in rows.iter().zip(expected_rows).enumerate() {
         assert_eq!(row["key"], format!("datasets-{index:09}"));
-        assert_eq!((&row["image_sha256"], &row["org_caption"]), (&expected["image_sha256"], &expected["text"]), "{index}");
+        assert_eq!(
+            (&row["image_sha256"], &row["org_caption"]),
+            (&expected["image_sha256"], &expected["text"]),
+            "{index}"
+        );
     }
     assert_eq!(rows[5]["error"], "source: the row has the image's path alone, `elsewhere.jpg`, not its bytes");
     assert_eq!(rows[6]["error"], "source: the image is null");
@@ -282,7 +296,8 @@ fn inputs_in_s3_give_the_rows_of_the_same_files() {
 
 #[test]
 fn web_servers_are_read_with_ranges_and_without() {
-    let files = [("t.tar", contents("webdataset.tar")), ("p.parquet", contents("plain.parquet")), ("image", image("a"))];
+    let files =
+        [("t.tar", contents("webdataset.tar")), ("p.parquet", contents("plain.parquet")), ("image", image("a"))];
     let expected = printed_rows(&run(&[&shard("webdataset.tar")]));
     for server in [
         WebServer { has_ranges: true, has_head: true },

@@ -188,6 +188,19 @@ impl<'a> Emitter<'a> {
         matches!(&self.state, State::Open(_, kept) if !kept.rows.contains_key(&self.num_rows))
     }
 
+    /// Whether the bytes of the image after `count` others are wanted.
+    pub(super) fn wants_bytes_after(&self, count: usize) -> bool {
+        matches!(&self.state, State::Open(_, kept) if !kept.rows.contains_key(&(self.num_rows + count)))
+    }
+
+    /// Whether the bytes of any of the next `count` images are wanted.
+    pub(super) fn wants_any(&self, count: usize) -> bool {
+        match &self.state {
+            State::Open(_, kept) => (self.num_rows..self.num_rows + count).any(|row| !kept.rows.contains_key(&row)),
+            _ => false,
+        }
+    }
+
     /// Sends one image, or the failed row of an image whose bytes could not be had. `bytes` is called only when they
     /// are wanted; its error is the reason.
     ///
