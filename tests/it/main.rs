@@ -15,6 +15,7 @@ mod inspect;
 mod layouts;
 mod library;
 mod load;
+mod operators_library;
 mod parity;
 mod precisions;
 mod preprocessing;
