@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::stage::Stage;
+use crate::storage::{Failure, Location};
 
 /// Why a run could not start or go on. `Display` is one line; [`Error::hint`] says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +102,18 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
+    /// An object store did not do what it was asked to.
+    #[error("{action} `{location}`: {reason}")]
+    Storage {
+        /// What was being done.
+        action: &'static str,
+        /// To what, without credentials.
+        location: String,
+        /// What kind of failure it is.
+        failure: Failure,
+        /// Its own words, without credentials.
+        reason: String,
+    },
     /// The output folder belongs to a run with other settings.
     #[error("`{path}` was written with other settings: {differences}")]
     OtherRun {
@@ -189,6 +202,7 @@ impl Error {
                     .to_owned(),
             ),
             Self::Stage { source, .. } => source.hint(),
+            Self::Storage { failure, .. } => failure.hint().map(str::to_owned),
             Self::Io { source, action, .. } => disk_hint(source, action),
             _ => None,
         }
@@ -203,6 +217,15 @@ impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
+    }
+
+    /// The error of an action on `location`: a storage error that came through `Read` or `Write`, or the file system's.
+    pub(crate) fn at(action: &'static str, location: &Location) -> impl FnOnce(std::io::Error) -> Self {
+        let location = location.clone();
+        move |source| match source.downcast::<Self>() {
+            Ok(error) => error,
+            Err(source) => Self::Io { action, path: location.to_string().into(), source },
+        }
     }
 
     pub(crate) fn ort(doing: impl Into<String>) -> impl FnOnce(ort::Error) -> Self {

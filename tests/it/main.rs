@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+mod allocations;
 mod bad_inputs;
 mod claims;
 mod clip;
@@ -17,14 +18,22 @@ mod inspect;
 mod layouts;
 mod library;
 mod load;
+mod logs;
 mod memory;
+mod metrics;
+mod operators_library;
 mod parity;
+mod plan;
 mod precisions;
 mod preprocessing;
+mod profile;
 mod resume;
+mod servers;
 mod shards;
 mod shutdown;
 mod signals;
 mod sinks;
+mod sources;
+mod storage;
 mod support;
 mod text;

@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 
 use crate::error::Result;
+use crate::live::{self, ShardState};
 use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
 use crate::pipeline::source::{ImageRecord, Part, SourceChannels, SourceOptions};
 use crate::pipeline::write::journal::key_hash;
 use crate::pipeline::write::output::{BegunShard, FinishedShard, Kept, Output, other_input};
+use crate::profile::recorder::{self, ImageTimes, Work};
 use crate::stage::Stage;
 
 /// What a source has to do for a shard that it begins.
@@ -48,6 +50,8 @@ pub(super) struct Emitter<'a> {
     ended: HashSet<String>,
     /// A stop flag ended the reading.
     is_cut_short: bool,
+    /// Since the last image was sent.
+    reading: recorder::Begun,
 }
 
 /// The present shard.
@@ -78,6 +82,7 @@ impl<'a> Emitter<'a> {
             busy: Vec::new(),
             ended: HashSet::new(),
             is_cut_short: false,
+            reading: recorder::begin(),
         }
     }
 
@@ -147,11 +152,14 @@ impl<'a> Emitter<'a> {
         let kept = match begun {
             None => Kept::default(),
             Some(BegunShard::Busy) => {
+                tracing::info!(shard = shard.name, "shard is in work in another process");
                 self.busy.push(shard.name.clone());
                 self.state = State::Passed;
                 return Ok(Begun::Skip);
             }
             Some(BegunShard::Finished(finished)) => {
+                live::count_shard(ShardState::Skipped);
+                tracing::info!(shard = shard.name, rows = finished.counts.rows, "shard is written already");
                 self.ended.insert(shard.name.clone());
                 match identity {
                     Some(identity) => {
@@ -168,6 +176,8 @@ impl<'a> Emitter<'a> {
                 kept
             }
         };
+        live::count_shard(ShardState::Claimed);
+        tracing::info!(shard = shard.name, kept = kept.rows.len(), "shard begun");
         self.num_shards += 1;
         self.state = State::Open(shard, kept);
         Ok(Begun::Open)
@@ -176,6 +186,19 @@ impl<'a> Emitter<'a> {
     /// Whether the bytes of the next image are wanted: not when its row is there already.
     pub(super) fn wants_bytes(&self) -> bool {
         matches!(&self.state, State::Open(_, kept) if !kept.rows.contains_key(&self.num_rows))
+    }
+
+    /// Whether the bytes of the image after `count` others are wanted.
+    pub(super) fn wants_bytes_after(&self, count: usize) -> bool {
+        matches!(&self.state, State::Open(_, kept) if !kept.rows.contains_key(&(self.num_rows + count)))
+    }
+
+    /// Whether the bytes of any of the next `count` images are wanted.
+    pub(super) fn wants_any(&self, count: usize) -> bool {
+        match &self.state {
+            State::Open(_, kept) => (self.num_rows..self.num_rows + count).any(|row| !kept.rows.contains_key(&row)),
+            _ => false,
+        }
     }
 
     /// Sends one image, or the failed row of an image whose bytes could not be had. `bytes` is called only when they
@@ -199,16 +222,32 @@ impl<'a> Emitter<'a> {
             return if *known == key_hash(&input.key) { Ok(()) } else { Err(other_input(&shard.name)) };
         }
         let shard = Arc::clone(shard);
-        let mut draft = RowDraft { shard, index, input, dimensions: None, image_sha256: None, image: None };
-        Stage::Source.enter();
-        // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
-        let _ = match bytes() {
-            Ok(bytes) => {
-                draft.image = self.keeps_images.then(|| bytes.clone());
-                self.channels.records.send(ImageRecord { draft, bytes }).map_err(|_| ())
-            }
-            Err(reason) => self.channels.rows.send(draft.fail(Stage::Source, reason).into()).map_err(|_| ()),
+        let mut draft = RowDraft {
+            shard,
+            index,
+            input,
+            dimensions: None,
+            image_sha256: None,
+            times: ImageTimes::default(),
+            image: None,
         };
+        Stage::Source.enter();
+        let bytes = bytes();
+        self.reading.end(Stage::Source, Work::IMAGE);
+        draft.times.is_read();
+        draft.times.is_queued();
+        // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
+        let _ = match bytes {
+            Ok(bytes) => {
+                live::count_read(bytes.len());
+                draft.image = self.keeps_images.then(|| bytes.clone());
+                recorder::send(&self.channels.records, ImageRecord { draft, bytes }).map_err(|_| ())
+            }
+            Err(reason) => {
+                recorder::send(&self.channels.rows, draft.fail(Stage::Source, reason).into()).map_err(|_| ())
+            }
+        };
+        self.reading = recorder::begin();
         Ok(())
     }
 
