@@ -11,6 +11,7 @@ pub(crate) mod journal;
 mod jsonl;
 pub(crate) mod output;
 mod parquet;
+mod store_claim;
 mod webdataset;
 mod written_row;
 
@@ -34,6 +35,7 @@ use crate::pipeline::write::fault::Operation;
 use crate::pipeline::write::output::{OpenShard, Output};
 use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
+use crate::storage::{AtomicWriter, Location};
 
 pub use self::jsonl::row_to_json;
 pub use self::output::{Format, OutputOptions};
@@ -245,7 +247,7 @@ impl<'a> Writer<'a> {
             }
             None => {
                 self.report.num_lost += num_new_rows as u64;
-                output.abandon(*open)
+                output.abandon(&ended.shard.name, *open)
             }
         }
     }
@@ -272,31 +274,55 @@ impl<'a> Writer<'a> {
 }
 
 /// A file in the making.
-pub(crate) struct AtomicFile(std::fs::File);
+pub(crate) enum AtomicFile {
+    Local(std::fs::File),
+    Object(AtomicWriter),
+}
 
 impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         fault::check(Operation::CommitWrite)?;
-        self.0.write(bytes)
+        match self {
+            Self::Local(file) => file.write(bytes),
+            Self::Object(writer) => writer.write(bytes),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
+        match self {
+            Self::Local(file) => file.flush(),
+            Self::Object(writer) => writer.flush(),
+        }
     }
 }
 
-/// Writes a file under a temporary name in the same folder, syncs it, renames it to `path` and syncs the folder. `path`
-/// must be this process's alone.
+/// Writes a file under a temporary name in the same folder, syncs it, renames it and syncs the folder; or an object, which
+/// is there as a whole or not at all. It must be this process's alone.
 ///
 /// # Errors
-/// The disk's; nothing is left then.
-pub(crate) fn write_atomically<T>(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
-    write_by_way_of(&with_suffix(path, ".tmp"), path, write)
+/// The disk's or the store's; nothing is left then.
+pub(crate) fn write_atomically<T>(location: &Location, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
+    if let Some(path) = location.local_path() {
+        return write_by_way_of(&with_suffix(path, ".tmp"), path, write);
+    }
+    let mut file = AtomicFile::Object(location.writer()?);
+    let result = write(&mut file)?;
+    fault::check(Operation::CommitSync).map_err(Error::at("write", location))?;
+    if let AtomicFile::Object(writer) = file {
+        writer.commit()?;
+    }
+    Ok(result)
 }
 
-/// As [`write_atomically`], for a file that several processes may write at once: the last one stays.
-pub(crate) fn write_shared<T>(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
-    write_by_way_of(&with_suffix(path, &format!(".{}.tmp", unique())), path, write)
+/// Writes a file that several processes may write at once: the last one stays.
+///
+/// # Errors
+/// The disk's or the store's.
+pub(crate) fn write_shared(location: &Location, contents: &[u8]) -> Result<()> {
+    let Some(path) = location.local_path() else { return location.put(contents.to_vec()).map(drop) };
+    write_by_way_of(&with_suffix(path, &format!(".{}.tmp", unique())), path, |file| {
+        file.write_all(contents).map_err(Error::io("write", path))
+    })
 }
 
 /// Writes a file unless there is one of this name, even if another process does the same at once. Says whether it did.
@@ -323,9 +349,10 @@ pub(crate) fn write_new(path: &Path, contents: &[u8]) -> Result<bool> {
 }
 
 fn write_by_way_of<T>(temporary: &Path, path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
-    let mut file = AtomicFile(std::fs::File::create(temporary).map_err(Error::io("create", temporary))?);
+    let mut file = AtomicFile::Local(std::fs::File::create(temporary).map_err(Error::io("create", temporary))?);
     let result = write(&mut file).and_then(|result| {
-        fault::check(Operation::CommitSync).and_then(|()| file.0.sync_all()).map_err(Error::io("sync", temporary))?;
+        let AtomicFile::Local(file) = &file else { return Ok(result) };
+        fault::check(Operation::CommitSync).and_then(|()| file.sync_all()).map_err(Error::io("sync", temporary))?;
         fault::check(Operation::CommitRename)
             .and_then(|()| std::fs::rename(temporary, path))
             .map_err(Error::io("rename to", path))?;

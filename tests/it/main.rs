@@ -27,6 +27,7 @@ mod plan;
 mod precisions;
 mod preprocessing;
 mod profile;
+mod remote;
 mod resume;
 mod servers;
 mod shards;

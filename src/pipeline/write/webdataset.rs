@@ -13,14 +13,15 @@ use crate::pipeline::load;
 use crate::pipeline::write::journal::Entry;
 use crate::pipeline::write::write_atomically;
 use crate::pipeline::write::written_row::WrittenRow;
+use crate::storage::Location;
 
 const BUFFER_BYTES: usize = 1 << 20;
 /// Fields of a sidecar that have the name of a column; img2dataset's have a `status`, for instance.
 const SHADOWED: &str = "sidecar";
 
-pub(super) fn write(path: &Path, rows: &mut dyn Iterator<Item = Result<Entry>>) -> Result<()> {
-    write_atomically(path, |file| {
-        let failed = |error| Error::io("write", path)(error);
+pub(super) fn write(location: &Location, rows: &mut dyn Iterator<Item = Result<Entry>>) -> Result<()> {
+    write_atomically(location, |file| {
+        let failed = |error| Error::at("write", location)(error);
         let mut builder = tar::Builder::new(BufWriter::with_capacity(BUFFER_BYTES, file));
         let mut keys = HashSet::new();
         for entry in rows {
