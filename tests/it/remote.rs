@@ -100,7 +100,7 @@ fn a_store_that_fails_ends_the_run_and_what_is_done_stays() {
     let Case { folder, tar, .. } = case(6);
     let work = folder.path().join("work");
     // It answers for a while, then fails for good: every request of the commit.
-    let failing = proxy(server.port, |number| if number < 10 { Fault::None } else { Fault::ServerError });
+    let failing = proxy(server.port, |number| if number < 6 { Fault::None } else { Fault::ServerError });
     let failed = run(&[&tar], failing, &work, &[]);
     let message = stderr(&failed);
     assert_eq!(failed.status.code(), Some(2), "{message}");
