@@ -117,12 +117,21 @@ pub(crate) fn run(options: SourceOptions<'_>, channels: SourceChannels<'_>) -> R
     let mut busy = emitter.take_busy();
     if !busy.is_empty() && options.limit.is_none() && !options.inputs.contains(&Input::StandardInput) {
         // Their process may have ended meanwhile, well or not.
+        wait_until_stale(&options, &mut emitter);
         let num_damaged = damaged.len();
         read_all(&options, &mut emitter, &mut damaged)?;
         damaged.truncate(num_damaged);
         busy = emitter.take_busy();
     }
     Ok(SourceReport { damaged, is_cut_short: emitter.is_cut_short(), busy })
+}
+
+/// Waits until it is known of the shards that others have whether those are alive, or a stop flag is raised.
+fn wait_until_stale(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>) {
+    let Some(output) = options.output else { return };
+    while !output.time_until_stale().is_zero() && !emitter.is_done() {
+        std::thread::sleep(STOP_INTERVAL.min(output.time_until_stale()));
+    }
 }
 
 fn read_all(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>, damaged: &mut Vec<Error>) -> Result<()> {

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -41,7 +42,7 @@ fn journal(work: &Path) -> std::path::PathBuf {
 
 #[test]
 fn an_object_store_takes_the_output_and_a_cut_off_run_goes_on() {
-    let server = S3::start();
+    let server = Arc::new(S3::start());
     let Case { folder, tar, .. } = case(12);
     let work = folder.path().join("work");
     let jsonl = ["--format", "jsonl"];
@@ -54,7 +55,10 @@ fn an_object_store_takes_the_output_and_a_cut_off_run_goes_on() {
     assert!(get(&server, "claims/0.json").is_some(), "the claim of a process that died stays");
 
     // On another machine the shard is the first one's, for now.
-    let elsewhere = run(&[&tar], server.port, &folder.path().join("elsewhere"), &jsonl);
+    let quick = [&jsonl[..], &["--claim-timeout", "1"]].concat();
+    let alive = keep_alive(Arc::clone(&server));
+    let elsewhere = run(&[&tar], server.port, &folder.path().join("elsewhere"), &quick);
+    drop(alive);
     assert_eq!(elsewhere.status.code(), Some(0), "{}", stderr(&elsewhere));
     assert!(stderr(&elsewhere).contains("1 shards are in work in other processes"), "{}", stderr(&elsewhere));
     assert!(get(&server, "captions-0.jsonl").is_none());
@@ -75,6 +79,40 @@ fn an_object_store_takes_the_output_and_a_cut_off_run_goes_on() {
     let other = run(&[&tar], server.port, &work, &[&jsonl[..], &["--prompt", "Another."]].concat());
     assert_eq!(other.status.code(), Some(2));
     assert!(stderr(&other).contains("other settings: prompt was"), "{}", stderr(&other));
+}
+
+/// Changes the claim of shard `0` again and again, as its owner would, until this is dropped.
+fn keep_alive(server: Arc<S3>) -> std::sync::mpsc::Sender<()> {
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        let claim = get(&server, "claims/0.json").unwrap();
+        let mut beat = 0;
+        while let Err(std::sync::mpsc::RecvTimeoutError::Timeout) =
+            stopped.recv_timeout(std::time::Duration::from_millis(100))
+        {
+            beat += 1;
+            let mut claim: Value = serde_json::from_slice(&claim).unwrap();
+            claim["beat"] = beat.into();
+            server.put("out/claims/0.json", claim.to_string().as_bytes());
+        }
+    });
+    stop
+}
+
+#[test]
+fn a_shard_of_a_machine_that_is_gone_is_taken_over() {
+    let server = S3::start();
+    let Case { folder, tar, .. } = case(6);
+    let (work, elsewhere) = (folder.path().join("work"), folder.path().join("elsewhere"));
+    let cut = run(&[&tar], server.port, &work, &["--inject-io-error", "journal-write:4:enospc"]);
+    assert_eq!(cut.status.code(), Some(2), "{}", stderr(&cut));
+    let taken = run(&[&tar], server.port, &elsewhere, &["--claim-timeout", "0.5"]);
+    assert_eq!(taken.status.code(), Some(0), "{}", stderr(&taken));
+    assert!(get(&server, "captions-0.parquet").is_some());
+    // The machine comes back: its journal is of no use any more.
+    let back = run(&[&tar], server.port, &work, &[]);
+    assert_eq!(back.status.code(), Some(0), "{}", stderr(&back));
+    assert!(stderr(&back).contains("6 of the rows are of earlier runs"), "{}", stderr(&back));
 }
 
 #[test]

@@ -55,6 +55,7 @@ pub(super) fn options(folder: &Location, args: &RunArgs, settings: &Value) -> Re
         sync_interval: Duration::from_secs_f64(args.sync_interval),
         retry_failed: args.retry_failed,
         has_claims: !args.no_claims,
+        claim_timeout: Duration::from_secs_f64(args.claim_timeout),
     })
 }
 

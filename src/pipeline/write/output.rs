@@ -75,6 +75,8 @@ pub struct OutputOptions {
     pub retry_failed: bool,
     /// Several processes may share the folder.
     pub has_claims: bool,
+    /// Time without a sign of life after which a claim in an object store is nobody's.
+    pub claim_timeout: Duration,
 }
 
 impl OutputOptions {
@@ -173,7 +175,7 @@ impl Output {
         let store_claims = match (&options.folder, options.has_claims) {
             (Location::Object(_), true) => {
                 let owner = owner(options.local_folder())?;
-                Some(StoreClaims::new(options.folder.join("claims"), owner)?)
+                Some(StoreClaims::new(options.folder.join("claims"), owner, options.claim_timeout)?)
             }
             _ => None,
         };
@@ -307,6 +309,12 @@ impl Output {
         };
         let open = OpenShard { claim, journal, num_kept: rows.len() };
         Ok(BegunShard::Open(Box::new(open), Kept { rows, replaces }))
+    }
+
+    /// How long shards that others have must be waited for until it is known whether those are alive. Locks on this machine
+    /// tell that at once.
+    pub(crate) fn time_until_stale(&self) -> Duration {
+        self.store_claims.as_ref().map_or(Duration::ZERO, StoreClaims::time_until_stale)
     }
 
     /// The journal that an earlier run left, or a new one.

@@ -11,10 +11,8 @@ use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 use crate::error::{Error, Result};
 use crate::storage::{Location, Version};
 
-/// Time between two signs of life.
-const BEAT: Duration = Duration::from_secs(30);
-/// Time without a sign of life after which a claim is nobody's: some beats may fail.
-const STALE: Duration = Duration::from_secs(150);
+/// Signs of life within the time after which a claim is nobody's: some may fail.
+const BEATS: u32 = 5;
 const MAX_CLAIM_BYTES: u64 = 1 << 16;
 
 /// The claims of this process in one output.
@@ -22,6 +20,8 @@ pub(crate) struct StoreClaims {
     folder: Location,
     /// Tells this machine's work folder from others: claims of a killed process with the same one are its own.
     owner: String,
+    /// Time without a sign of life after which a claim is nobody's.
+    timeout: Duration,
     held: Arc<Mutex<HashMap<String, Held>>>,
     /// Claims of others, and since when they have not changed.
     seen: Mutex<HashMap<String, (Version, Instant)>>,
@@ -39,12 +39,12 @@ struct Held {
 impl StoreClaims {
     /// # Errors
     /// When no thread can be started.
-    pub(crate) fn new(folder: Location, owner: String) -> Result<Self> {
+    pub(crate) fn new(folder: Location, owner: String, timeout: Duration) -> Result<Self> {
         let held: Arc<Mutex<HashMap<String, Held>>> = Arc::default();
         let (stop, stopped) = bounded(0);
         let (beating, name) = (Arc::clone(&held), owner.clone());
         let beat = move || {
-            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(BEAT) {
+            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(timeout / BEATS) {
                 let shards: Vec<String> = lock(&beating).keys().cloned().collect();
                 for shard in shards {
                     // A store that does not answer is the write stage's concern.
@@ -54,7 +54,7 @@ impl StoreClaims {
         };
         let started = std::thread::Builder::new().name("claims".to_owned()).spawn(beat);
         started.map_err(Error::io("start thread", std::path::Path::new("claims")))?;
-        Ok(Self { folder, owner, held, seen: Mutex::default(), _stop: stop })
+        Ok(Self { folder, owner, timeout, held, seen: Mutex::default(), _stop: stop })
     }
 
     /// Claims a shard; says whether it is this process's now.
@@ -85,7 +85,7 @@ impl StoreClaims {
         let is_stale = {
             let mut seen = lock(&self.seen);
             match seen.get(shard) {
-                Some((known, since)) if *known == version => since.elapsed() >= STALE,
+                Some((known, since)) if *known == version => since.elapsed() >= self.timeout,
                 _ => {
                     seen.insert(shard.to_owned(), (version.clone(), Instant::now()));
                     false
@@ -93,6 +93,13 @@ impl StoreClaims {
             }
         };
         if is_own || is_stale { location.update(contents(&self.owner), &version) } else { Ok(None) }
+    }
+
+    /// How long the claims of others must be waited for until those that do not change are nobody's.
+    pub(crate) fn time_until_stale(&self) -> Duration {
+        let seen = lock(&self.seen);
+        let left = seen.values().map(|(_, since)| self.timeout.saturating_sub(since.elapsed()));
+        left.max().unwrap_or_default()
     }
 
     /// Makes sure that a claim is still this process's, before what it stands for is finished.
