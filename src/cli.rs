@@ -1,5 +1,7 @@
 //! The command line: what the user types, and the help that teaches it.
 
+mod limits;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -12,6 +14,8 @@ use crate::pipeline::engine::Injection;
 use crate::pipeline::write::Format;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
+
+pub use limits::LimitArgs;
 
 /// Exports vision-language captioners to ONNX and re-captions web images by the billion.
 #[derive(Debug, Parser)]
@@ -299,16 +303,9 @@ pub struct RunArgs {
     /// Example: --limit 1000
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Fail images of more pixels than this, before they are decoded
-    ///
-    /// The default is where Pillow refuses an image as a decompression bomb. Example: --max-pixels 50000000
-    #[arg(long, value_name = "N", default_value_t = 178_956_970)]
-    pub max_pixels: u64,
-    /// Fail image files larger than this
-    ///
-    /// Example: --max-image-bytes 20000000
-    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
-    pub max_image_bytes: u64,
+    /// What the inputs may cost.
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Start anew: delete the captions in --out first
     ///
     /// Example: --overwrite

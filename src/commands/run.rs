@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use recaption_export::Target;
 use serde_json::{Value, json};
 
-use crate::cli::RunArgs;
+use crate::cli::{LimitArgs, RunArgs};
 use crate::commands::{Outcome, provider};
 use crate::error::{Error, Result};
 use crate::model::memory_plan::{DeviceMemory, MemoryPlan, Wanted};
@@ -15,7 +15,6 @@ use crate::model::sequence::StopRule;
 use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
-use crate::pipeline::load::LoadLimits;
 use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::{Format, Sink, write_atomically};
 use crate::pipeline::{RunOptions, Summary};
@@ -115,8 +114,8 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
         prompt,
         engines,
         num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
-        load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
-        max_image_bytes: args.max_image_bytes,
+        load_limits: args.limits.load(),
+        source_limits: args.limits.source(),
         limit: args.limit,
         with_token_ids: args.with_token_ids,
         quiet: args.quiet,
@@ -254,11 +253,21 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
             "ignore_eos": args.ignore_eos,
             "with_token_ids": args.with_token_ids,
             "limit": args.limit,
-            "max_pixels": args.max_pixels,
-            "max_image_bytes": args.max_image_bytes,
+            "limits": settings_of(&args.limits),
             "format": format,
         },
     }))
+}
+
+/// Limits decide which images fail.
+fn settings_of(limits: &LimitArgs) -> Value {
+    json!({
+        "max_pixels": limits.max_pixels,
+        "max_decoded_bytes": limits.max_decoded_bytes,
+        "max_image_bytes": limits.max_image_bytes,
+        "max_sidecar_bytes": limits.max_sidecar_bytes,
+        "max_json_depth": limits.max_json_depth,
+    })
 }
 
 /// Checks that the output folder, if there is one, belongs to a run with the same settings.

@@ -70,6 +70,10 @@ pub struct LoadLimits {
     pub max_alloc_bytes: u64,
 }
 
+/// Scans of a JPEG whose pixels are at the limit; smaller pictures may have more, up to [`MAX_SCANS`].
+const MAX_PASSES: u64 = 16;
+const MAX_SCANS: u64 = 1000;
+
 impl Default for LoadLimits {
     fn default() -> Self {
         Self { max_pixels: 178_956_970, max_alloc_bytes: 1 << 30 }
@@ -84,6 +88,18 @@ impl LoadLimits {
             return Err(LoadError::TooManyPixels { width, height, num_pixels, max_pixels });
         }
         Ok(())
+    }
+
+    /// A progressive JPEG may say next to nothing in each of a hundred thousand scans, and every one of them is a pass over
+    /// the picture. Real ones have about ten.
+    fn check_scans(&self, jpeg: &[u8]) -> Result<(), LoadError> {
+        let Some(header) = probe::JpegHeader::read(jpeg) else { return Ok(()) };
+        let num_pixels = u64::from(header.width) * u64::from(header.height);
+        let max_scans = (self.max_pixels.saturating_mul(MAX_PASSES) / num_pixels.max(1)).clamp(MAX_PASSES, MAX_SCANS);
+        match probe::count_scans(jpeg, &header) {
+            num_scans if num_scans > max_scans => Err(LoadError::TooManyScans { num_scans, max_scans }),
+            _ => Ok(()),
+        }
     }
 
     fn check_bytes(&self, num_bytes: u64) -> Result<(), LoadError> {
@@ -131,6 +147,9 @@ pub enum LoadError {
          raise the limit if the image is genuine"
     )]
     TooManyBytes { num_bytes: u64, max_bytes: u64 },
+    /// A JPEG that would be passed over too often.
+    #[error("JPEG image of {num_scans} scans, above the limit of {max_scans} for its size; save it anew")]
+    TooManyScans { num_scans: u64, max_scans: u64 },
     /// The file ends before the picture does.
     #[error("truncated {format} image (ends after {num_bytes} bytes); fetch it again")]
     Truncated { format: Format, num_bytes: usize },
@@ -176,7 +195,10 @@ pub fn load(bytes: &[u8], limits: &LoadLimits) -> Result<RgbImage, LoadError> {
             limits.check_pixels(dimensions)?;
         }
         match format {
-            Format::Jpeg => jpeg::decode(bytes, limits),
+            Format::Jpeg => {
+                limits.check_scans(bytes)?;
+                jpeg::decode(bytes, limits)
+            }
             Format::Gif => gif::decode(bytes, limits),
             // libwebp refuses a file that is shorter than its container says; image-webp does not
             // notice where the first frame is complete.

@@ -17,7 +17,7 @@ pub(crate) mod pool;
 pub mod preprocess;
 pub(crate) mod progress;
 pub mod row;
-pub(crate) mod source;
+pub mod source;
 pub(crate) mod vision;
 pub mod write;
 
@@ -43,6 +43,7 @@ use crate::pipeline::load::LoadLimits;
 use crate::pipeline::pool::BufferPool;
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
+use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::source::{SourceChannels, SourceOptions, SourceReport};
 use crate::pipeline::write::{Counts, FinishedShard, Sink, WriteOptions};
 use crate::stage::Stage;
@@ -70,8 +71,8 @@ pub struct RunOptions {
     pub num_load_threads: usize,
     /// What one image may cost.
     pub load_limits: LoadLimits,
-    /// Largest image file that is read.
-    pub max_image_bytes: u64,
+    /// What the inputs may cost before that.
+    pub source_limits: SourceLimits,
     /// Most images to caption.
     pub limit: Option<usize>,
     /// Whether rows carry their token ids.
@@ -207,7 +208,7 @@ fn run_stages(
         inputs: options.inputs.clone(),
         finished: finished.clone(),
         limit: options.limit,
-        max_image_bytes: options.max_image_bytes,
+        limits: options.source_limits.clone(),
     };
     let write_options = WriteOptions {
         sink: options.sink.clone(),

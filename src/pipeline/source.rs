@@ -5,10 +5,12 @@
 //! reported, and the others go on.
 
 mod folder;
+pub mod limits;
 mod tar;
 
 use std::collections::{HashMap, HashSet};
-use std::io::BufRead;
+use std::fs::File;
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::pipeline::input::Input;
 use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
+use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::write::FinishedShard;
 use crate::stage::Stage;
 
@@ -44,8 +47,7 @@ pub(crate) struct SourceOptions {
     pub(crate) finished: HashMap<String, FinishedShard>,
     /// Most images to take, over all inputs.
     pub(crate) limit: Option<usize>,
-    /// Largest image file that is read.
-    pub(crate) max_image_bytes: u64,
+    pub(crate) limits: SourceLimits,
 }
 
 /// Where the source stage's output goes, and when it should stop.
@@ -74,7 +76,7 @@ pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Resul
         channels,
         finished: options.finished,
         remaining: options.limit.unwrap_or(usize::MAX),
-        max_image_bytes: options.max_image_bytes,
+        limits: options.limits,
         names: HashSet::new(),
         num_shards: 0,
         shard: None,
@@ -169,7 +171,7 @@ struct Emitter<'a> {
     channels: SourceChannels<'a>,
     finished: HashMap<String, FinishedShard>,
     remaining: usize,
-    max_image_bytes: u64,
+    limits: SourceLimits,
     /// Shard names in use.
     names: HashSet<String>,
     num_shards: usize,
@@ -242,14 +244,24 @@ impl Emitter<'_> {
 
     /// Reads a file, within the size limit.
     fn read_file(&self, path: &Path) -> Result<Vec<u8>, String> {
-        let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
-        self.check_size(size)?;
-        std::fs::read(path).map_err(|error| error.to_string())
+        let reason = |error: std::io::Error| error.to_string();
+        let metadata = std::fs::metadata(path).map_err(reason)?;
+        // A pipe would keep the run waiting, and a device never end.
+        if !metadata.is_file() {
+            return Err("not a file".to_owned());
+        }
+        self.check_size(metadata.len())?;
+        let mut bytes = Vec::with_capacity(metadata.len() as usize);
+        let file = File::open(path).map_err(reason)?;
+        file.take(self.limits.max_image_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(reason)?;
+        self.check_size(bytes.len() as u64)?;
+        Ok(bytes)
     }
 
     fn check_size(&self, size: u64) -> Result<(), String> {
-        if size > self.max_image_bytes {
-            return Err(format!("{size} bytes is over the limit of {} (--max-image-bytes)", self.max_image_bytes));
+        if size > self.limits.max_image_bytes {
+            let max_bytes = self.limits.max_image_bytes;
+            return Err(format!("{size} bytes is over the limit of {max_bytes} (--max-image-bytes)"));
         }
         Ok(())
     }

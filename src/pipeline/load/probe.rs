@@ -129,6 +129,21 @@ impl JpegHeader {
     }
 }
 
+/// Scans of a JPEG, each of which is a pass over the picture.
+pub(super) fn count_scans(bytes: &[u8], header: &JpegHeader) -> u64 {
+    let mut num_scans = 0;
+    let mut position = header.scan_start;
+    while let Some((marker, start)) = position.and_then(|start| next_marker(bytes, start)) {
+        num_scans += u64::from(marker == 0xda);
+        position = match marker {
+            0xd9 => break,
+            0x01 | 0xd0..=0xd8 => Some(start),
+            _ => array(bytes, start).map(|length| start + usize::from(u16::from_be_bytes(length)).max(2)),
+        };
+    }
+    num_scans + u64::from(header.scan_start.is_some())
+}
+
 /// Finds the next marker at or behind `position`: its code and the offset behind it. Skips
 /// entropy-coded data, stuffed bytes (`ff 00`), fill bytes (`ff ff`) and stray bytes, as libjpeg.
 pub(super) fn next_marker(bytes: &[u8], mut position: usize) -> Option<(u8, usize)> {

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use flate2::read::MultiGzDecoder;
 use recaption_export::hex;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -14,10 +13,8 @@ use tar::{Archive, EntryType};
 use crate::error::{Error, Result};
 use crate::pipeline::input::is_image_extension;
 use crate::pipeline::row::InputColumns;
+use crate::pipeline::source::limits::{BoundedGzip, HeaderBudget, SourceLimits, is_deeper_than};
 use crate::pipeline::source::{Emitter, other_input, stem};
-
-/// Largest `.txt` or `.json` that is read.
-const MAX_SIDECAR_BYTES: u64 = 16 << 20;
 
 /// Sends every image of the tar at `path` as one shard. Returns what is wrong with the tar, if anything is.
 pub(super) fn run(path: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Error>> {
@@ -75,11 +72,18 @@ fn identity(path: &Path) -> Result<String> {
 }
 
 fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
-    let mut archive = Archive::new(open(path)?);
+    let limits = emitter.limits.clone();
+    let max_sidecar_bytes = limits.max_sidecar_bytes;
+    let budget = HeaderBudget::new();
+    let mut archive = Archive::new(budget.reader(open(path, &limits)?));
     let mut sample = Sample::default();
-    for entry in archive.entries()? {
+    let mut entries = archive.entries()?;
+    while let Some(entry) = entries.next() {
         let mut entry = entry?;
         let kind = entry.header().entry_type();
+        // Until the next member: the rest of this one, whose size in a sparse file is that of its blocks.
+        let is_sparse = kind == EntryType::GNUSparse;
+        budget.start(if is_sparse { entry.header().entry_size()? } else { entry.size() });
         let is_link = matches!(kind, EntryType::Link | EntryType::Symlink);
         if !is_link && !matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse) {
             continue;
@@ -96,7 +100,7 @@ fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
         let size = entry.size();
         let mut read = |limit: u64| -> std::io::Result<Vec<u8>> {
             let mut bytes = Vec::with_capacity(size.min(limit) as usize);
-            entry.read_to_end(&mut bytes)?;
+            entry.by_ref().take(limit).read_to_end(&mut bytes)?;
             Ok(bytes)
         };
         let extension = String::from_utf8_lossy(extension).to_ascii_lowercase();
@@ -104,14 +108,14 @@ fn send_members(path: &Path, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
             let image = match emitter.check_size(size) {
                 _ if is_link => Err("the image is a link inside of the tar".to_owned()),
                 _ if !sample.images.is_empty() => Err(format!("the key has another image before this .{extension}")),
-                Ok(()) => Ok(read(emitter.max_image_bytes)?),
+                Ok(()) => Ok(read(emitter.limits.max_image_bytes)?),
                 Err(reason) => Err(reason),
             };
             sample.images.push(image);
-        } else if size <= MAX_SIDECAR_BYTES && !is_link {
+        } else if size <= max_sidecar_bytes && !is_link {
             match extension.as_str() {
-                "txt" => sample.text = Some(String::from_utf8_lossy(&read(MAX_SIDECAR_BYTES)?).into_owned()),
-                "json" => sample.json = Some(read(MAX_SIDECAR_BYTES)?),
+                "txt" => sample.text = Some(String::from_utf8_lossy(&read(max_sidecar_bytes)?).into_owned()),
+                "json" => sample.json = Some(read(max_sidecar_bytes)?),
                 _ => {}
             }
         }
@@ -126,10 +130,12 @@ pub(super) fn count_images(path: &Path) -> Option<u64> {
     if is_gzip(&mut file).ok()? {
         return None;
     }
-    let mut archive = Archive::new(BufReader::new(file));
+    let budget = HeaderBudget::new();
+    let mut archive = Archive::new(budget.reader(BufReader::new(file)));
     let mut count = 0;
     for entry in archive.entries_with_seek().ok()? {
         let entry = entry.ok()?;
+        budget.start(0);
         let member = entry.path_bytes();
         let Some((_, extension)) = split_member(&member) else { continue };
         count += u64::from(is_image_extension(&String::from_utf8_lossy(extension)));
@@ -137,11 +143,11 @@ pub(super) fn count_images(path: &Path) -> Option<u64> {
     Some(count)
 }
 
-fn open(path: &Path) -> std::io::Result<Box<dyn Read>> {
+fn open(path: &Path, limits: &SourceLimits) -> std::io::Result<Box<dyn Read>> {
     let mut file = File::open(path)?;
     let is_gzip = is_gzip(&mut file)?;
     let reader = BufReader::with_capacity(1 << 18, file);
-    Ok(if is_gzip { Box::new(MultiGzDecoder::new(reader)) } else { Box::new(reader) })
+    Ok(if is_gzip { Box::new(BoundedGzip::new(reader, limits.max_gzip_ratio)) } else { Box::new(reader) })
 }
 
 /// Tells gzip by its first two bytes, and goes back to the start.
@@ -180,7 +186,7 @@ impl Sample {
         let key = String::from_utf8_lossy(&self.key).into_owned();
         let mut input = InputColumns { key, source: source.display().to_string(), ..InputColumns::default() };
         let mut fields = Map::new();
-        match self.json.as_deref().map(parse_sidecar) {
+        match self.json.as_deref().map(|json| parse_sidecar(json, emitter.limits.max_json_depth)) {
             Some(Ok(parsed)) => fields = parsed,
             // Unreadable, but not lost.
             Some(Err(text)) => input.metadata = Some(text),
@@ -214,7 +220,10 @@ impl Sample {
 
 /// A sidecar's object. Python writes NaN and infinities, which JSON has no word for: they become null. What is no object
 /// at all comes back as its text.
-fn parse_sidecar(json: &[u8]) -> Result<Map<String, Value>, String> {
+fn parse_sidecar(json: &[u8], max_depth: usize) -> Result<Map<String, Value>, String> {
+    if is_deeper_than(json, max_depth) {
+        return Err(String::from_utf8_lossy(json).into_owned());
+    }
     let parse = |json: &[u8]| match serde_json::from_slice(json) {
         Ok(Value::Object(fields)) => Some(fields),
         _ => None,
@@ -283,9 +292,9 @@ mod tests {
 
     #[test]
     fn numbers_that_json_has_no_word_for_become_null() {
-        let fields = parse_sidecar(br#"{"url": "a NaN \" Infinity", "score": NaN, "low": -Infinity}"#).unwrap();
+        let fields = parse_sidecar(br#"{"url": "a NaN \" Infinity", "score": NaN, "low": -Infinity}"#, 9).unwrap();
         assert_eq!(fields["url"], "a NaN \" Infinity");
         assert!(fields["score"].is_null() && fields["low"].is_null());
-        assert_eq!(parse_sidecar(b"[1]"), Err("[1]".to_owned()));
+        assert_eq!(parse_sidecar(b"[1]", 9), Err("[1]".to_owned()));
     }
 }
