@@ -100,13 +100,8 @@ pub fn kernels(data: &[u8]) {
 fn linear_layer(input: &mut Input<'_>) {
     let (rows, k, columns) = (input.below(20), 1 + input.below(160), input.below(80));
     let block = [0, 4, 32, 128, 12, 7][input.below(6)];
-    let activations = [
-        Activation::Identity,
-        Activation::QuickGelu,
-        Activation::Gelu,
-        Activation::GeluTanh,
-        Activation::SwiGlu,
-    ];
+    let activations =
+        [Activation::Identity, Activation::QuickGelu, Activation::Gelu, Activation::GeluTanh, Activation::SwiGlu];
     let activation = activations[input.below(5)];
     let spec = PackSpec {
         columns,

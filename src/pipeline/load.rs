@@ -5,6 +5,7 @@
 //! replicated, palettes are expanded, alpha is dropped. Must never allocate for a picture above the
 //! limits, never let a decoder's panic through, and never return part of a truncated picture.
 
+mod bmp;
 mod gif;
 mod jpeg;
 mod probe;
@@ -197,7 +198,7 @@ pub fn load(bytes: &[u8], limits: &LoadLimits) -> Result<RgbImage, LoadError> {
         match format {
             Format::Jpeg => {
                 limits.check_scans(bytes)?;
-                jpeg::decode(bytes, limits)
+                jpeg::decode(&probe::without_short_app14(bytes), limits)
             }
             Format::Gif => gif::decode(bytes, limits),
             // libwebp refuses a file that is shorter than its container says; image-webp does not
@@ -223,6 +224,8 @@ pub fn stored_dimensions(bytes: &[u8]) -> Option<(u32, u32)> {
 
 /// Decodes PNG, WebP and BMP through the `image` crate.
 fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, LoadError> {
+    let (bytes, is_turned) = if format == Format::Bmp { bmp::normalised(bytes) } else { (bytes.into(), false) };
+    let bytes = &*bytes;
     let input = Cursor::new(bytes);
     let mut decoder_limits = image::Limits::no_limits();
     decoder_limits.max_alloc = Some(limits.max_alloc_bytes);
@@ -242,10 +245,15 @@ fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, L
     // Broken metadata must not cost the picture: Pillow shows it unrotated then.
     let exif = decoder.exif_metadata().ok().flatten();
     let xmp = decoder.xmp_metadata().ok().flatten();
+    let exif = exif.or_else(|| if format == Format::Png { probe::png_raw_exif(bytes) } else { None });
     let orientation = orientation_of(exif.as_deref(), xmp.as_deref());
     let color_type = decoder.color_type();
     let mut samples = vec![0; decoder.total_bytes() as usize];
     decoder.read_image(&mut samples).map_err(to_error)?;
+    if is_turned {
+        let num_bytes = samples.len() / (height as usize).max(1);
+        samples = samples.rchunks_exact(num_bytes.max(1)).flatten().copied().collect();
+    }
     let Some(pixels) = to_rgb8(samples, color_type) else {
         return Err(LoadError::Unsupported { format, feature: format!("{color_type:?} samples") });
     };

@@ -247,8 +247,8 @@ fn names_and_links_in_a_tar_reach_nothing_outside() {
             let of = |status: &str| -> Vec<&str> {
                 rows.iter().filter(|row| row["status"] == status).map(|row| row["key"].as_str().unwrap()).collect()
             };
-            let ok = ["../../climbs", "/absolute", "a/../../b", "..\\windows", "C:\\drive", "last"];
-            assert_eq!(of("ok").len(), ok.len(), "{rows:?}");
+            // `..\\windows.png` begins with a dot: hidden, like macOS's `._x`.
+            assert_eq!(of("ok"), ["../../climbs", "/absolute", "a/../../b", "C:\\drive", "last"]);
             assert!(of("failed").iter().all(|key| ["soft", "hard"].contains(key)), "{rows:?}");
         }
     }

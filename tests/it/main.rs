@@ -9,6 +9,7 @@ mod command_line;
 mod demo;
 mod doctor;
 mod engines;
+mod fuzz_seeds;
 mod golden;
 mod hostile;
 mod independence;

@@ -63,7 +63,11 @@ fn kind_of_difference(
             ZlibDecoder::new(packed).read_to_end(&mut expected).unwrap();
             let (max_mean, max_largest) = tolerance(verdict["format"].as_str().unwrap());
             let (mean, largest) = difference(&image.pixels, &expected);
-            (mean > max_mean || largest > max_largest).then(|| "pixels".to_owned())
+            let is_far = mean > max_mean || largest > max_largest;
+            if is_far {
+                eprintln!("{file}: mean difference {mean:.3}, largest {largest}");
+            }
+            is_far.then(|| "pixels".to_owned())
         }
     }
 }
