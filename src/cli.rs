@@ -1,5 +1,7 @@
 //! The command line: what the user types, and the help that teaches it.
 
+mod limits;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -15,6 +17,8 @@ use crate::pipeline::write::failures::MaxFailures;
 use crate::pipeline::write::fault::Fault;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
+
+pub use limits::LimitArgs;
 
 /// Exports vision-language captioners to ONNX and re-captions web images by the billion.
 #[derive(Debug, Parser)]
@@ -321,16 +325,6 @@ pub struct RunArgs {
     /// Example: --storage-timeout 20
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub storage_timeout: u64,
-    /// Fail images of more pixels than this, before they are decoded
-    ///
-    /// The default is where Pillow refuses an image as a decompression bomb. Example: --max-pixels 50000000
-    #[arg(long, value_name = "N", default_value_t = 178_956_970)]
-    pub max_pixels: u64,
-    /// Fail image files larger than this
-    ///
-    /// Example: --max-image-bytes 20000000
-    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
-    pub max_image_bytes: u64,
     /// Folder on a local disk for the journals of shards in progress
     ///
     /// Default: --out. A run that goes on must be given the same one. Example: --work-dir /var/tmp/recaption
@@ -362,6 +356,9 @@ pub struct RunArgs {
     /// Then no two processes may write into it at once, except with --part. Example: --no-claims
     #[arg(long, requires = "out")]
     pub no_claims: bool,
+    /// What the inputs may cost.
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Start anew: delete the captions in --out first
     ///
     /// Example: --overwrite

@@ -9,7 +9,7 @@ use std::time::Duration;
 use recaption_export::Target;
 use serde_json::{Value, json};
 
-use crate::cli::RunArgs;
+use crate::cli::{LimitArgs, RunArgs};
 use crate::commands::{Outcome, provider};
 use crate::error::{Error, Result};
 use crate::model::memory_plan::{DeviceMemory, MemoryPlan, Wanted};
@@ -17,7 +17,6 @@ use crate::model::sequence::StopRule;
 use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
-use crate::pipeline::load::LoadLimits;
 use crate::pipeline::source;
 use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::{Format, Sink, failures, fault, write_shared};
@@ -132,8 +131,8 @@ fn prepare(args: RunArgs) -> Result<(RunOptions, Value)> {
         prompt,
         engines,
         num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
-        load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
-        max_image_bytes: args.max_image_bytes,
+        load_limits: args.limits.load(),
+        source_limits: args.limits.source(),
         image_column: args.image_column,
         limit: args.limit,
         with_token_ids: args.with_token_ids,
@@ -275,11 +274,21 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
             "with_token_ids": args.with_token_ids,
             "limit": args.limit,
             "image_column": args.image_column,
-            "max_pixels": args.max_pixels,
-            "max_image_bytes": args.max_image_bytes,
+            "limits": settings_of(&args.limits),
             "format": format,
         },
     }))
+}
+
+/// Limits decide which images fail.
+fn settings_of(limits: &LimitArgs) -> Value {
+    json!({
+        "max_pixels": limits.max_pixels,
+        "max_decoded_bytes": limits.max_decoded_bytes,
+        "max_image_bytes": limits.max_image_bytes,
+        "max_sidecar_bytes": limits.max_sidecar_bytes,
+        "max_json_depth": limits.max_json_depth,
+    })
 }
 
 fn describe(summary: &Summary, out: Option<&Path>) -> String {

@@ -154,7 +154,7 @@ fn headers_without_end_damage_a_tar_and_cost_no_memory() {
     encoder.finish().unwrap();
     let output = run(&[path.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("headers are longer than 4194304 bytes"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("names are longer than 1048576 bytes"), "{}", stderr(&output));
 }
 
 #[test]
