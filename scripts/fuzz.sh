@@ -12,7 +12,7 @@ seconds=${1:-60}
 shift || true
 targets=("$@")
 if [ ${#targets[@]} = 0 ]; then
-    targets=(kernels weights checkpoint bundle sidecar text tokenizer tar image)
+    targets=(kernels weights checkpoint bundle sidecar text tokenizer journal parquet tar image)
 fi
 sanitizer=${SANITIZER:-address}
 # Most memory of a target, MB: the limits that the targets set, several times over.

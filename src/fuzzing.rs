@@ -12,6 +12,7 @@ use crate::pipeline::input::{self, Input};
 use crate::pipeline::row::Message;
 use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::source::{self, SourceChannels, SourceOptions};
+use crate::pipeline::write::journal::Journal;
 
 /// Reads one input to its end, as the source stage does. Returns the number of images and of failed rows.
 ///
@@ -41,6 +42,21 @@ pub fn source(input: Input, limits: &SourceLimits) -> (usize, usize) {
     // One message is the shard's end.
     let num_failed = failed.iter().filter(|message| matches!(message, Message::Row(_))).count();
     (num_images, num_failed)
+}
+
+/// Opens a journal that a killed run may have left, twice: what is dropped from it the first time is gone the second time.
+/// Returns the number of its rows.
+///
+/// # Errors
+/// What is wrong with it.
+///
+/// # Panics
+/// When the second time gives other rows.
+pub fn replay_journal(path: &Path) -> crate::Result<usize> {
+    let Some(first) = Journal::replay(path)? else { return Ok(0) };
+    let Some(second) = Journal::replay(path)? else { panic!("a journal of {} rows is gone", first.kept.len()) };
+    assert_eq!((second.kept, second.num_dropped_bytes), (first.kept, 0), "another journal than the first time");
+    Ok(second.journal.num_rows())
 }
 
 /// The paths that a brace range stands for.

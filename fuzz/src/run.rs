@@ -60,6 +60,23 @@ pub fn sidecar(data: &[u8]) {
     assert_eq!(fuzzing::source(Input::Tar(path.into()), &SourceLimits::default()), (1, 0), "the image goes missing");
 }
 
+/// A Parquet file.
+pub fn parquet(data: &[u8]) {
+    let limits = SourceLimits { max_image_bytes: 1 << 20, max_parquet_page_bytes: 1 << 24, ..SourceLimits::default() };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("fuzz.parquet");
+    std::fs::write(&path, data).expect("writes");
+    let _ = fuzzing::source(Input::Parquet(path.into()), &limits);
+}
+
+/// The journal of a run that was killed.
+pub fn journal(data: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("fuzz.journal");
+    std::fs::write(&path, data).expect("writes");
+    let _ = fuzzing::replay_journal(&path);
+}
+
 /// A Jinja template, a brace range.
 pub fn text(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };

@@ -17,10 +17,13 @@ import sys
 import tarfile
 import types
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +120,30 @@ def tars() -> dict[str, bytes]:
     }
 
 
+def parquet() -> bytes:
+    """Two images and a null, as `datasets` has them, in two pages."""
+    rows = [
+        {"bytes": encoded("L", "JPEG"), "path": "a.jpg"},
+        {"bytes": encoded("L", "PNG"), "path": "b"},
+        None,
+    ]
+    table = pa.table({"image": pa.array(rows), "caption": ["a", "b", "c"], "score": [0.5, None, 1.0]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="snappy", data_page_size=1, store_schema=False)
+    return buffer.getvalue()
+
+
+def journal() -> bytes:
+    """A header and two rows: length, CRC-32 and payload of each (src/pipeline/write/journal.rs)."""
+    header = {"recaption_journal": 1, "shard": "s", "settings": "x", "identity": None, "replaces": None}
+    payloads = [json.dumps(header).encode()]
+    for index in range(2):
+        row = {"key": f"k{index}", "status": "ok", "re_caption": "a caption", "source": "s.tar"}
+        entry = json.dumps({"index": index, "row": row, "token_ids": [1, 2]}).encode()
+        payloads.append(struct.pack("<I", len(entry)) + entry)
+    return b"".join(struct.pack("<II", len(p), zlib.crc32(p)) + p for p in payloads)
+
+
 def torch_files() -> dict[str, bytes]:
     """What torch.save writes, without torch: its classes are stand-ins of the same names."""
 
@@ -184,6 +211,8 @@ def main() -> None:
     generator = random.Random(1)
     for index in range(12):
         write("kernels", f"{index:02}", bytes([index]) + generator.randbytes(60))
+    write("parquet", "small.parquet", parquet())
+    write("journal", "two-rows", journal())
     sidecars = [
         b'{"url": "u", "a": [1, {"b": null}], "c": "\\u00e9\\n"}',
         b'{"score": NaN, "low": -Infinity}',

@@ -74,9 +74,11 @@ fn try_all(target: &str, parse: fn(&[u8])) {
 
 #[test]
 fn every_target_takes_its_seeds_and_damaged_copies() {
-    let targets: [(&str, fn(&[u8])); 9] = [
+    let targets: [(&str, fn(&[u8])); 11] = [
         ("image", run::image),
         ("tar", run::tar),
+        ("parquet", run::parquet),
+        ("journal", run::journal),
         ("sidecar", run::sidecar),
         ("text", run::text),
         ("tokenizer", run::tokenizer),
@@ -103,6 +105,12 @@ fn seeds_are_whole() {
     };
     assert_eq!(count("plain.tar"), (1, 1));
     assert_eq!(count("pax.tar"), (1, 1));
+    let input = recaption::pipeline::input::Input::Parquet(root("fuzz/seeds/parquet/small.parquet").into());
+    assert_eq!(recaption::fuzzing::source(input, &Default::default()), (2, 1));
+    let folder = tempfile::tempdir().unwrap();
+    let journal = folder.path().join("journal");
+    std::fs::copy(root("fuzz/seeds/journal/two-rows"), &journal).unwrap();
+    assert_eq!(recaption::fuzzing::replay_journal(&journal).unwrap(), 2);
     for (name, is_torch) in [("zip.bin", true), ("one.safetensors", false)] {
         let bytes = std::fs::read(root("fuzz/seeds/weights").join(name)).unwrap();
         assert_eq!(recaption::export::fuzzing::weights(&bytes[1..], is_torch).unwrap(), 1, "{name}");

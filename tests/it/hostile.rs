@@ -337,3 +337,22 @@ fn a_sparse_member_of_a_terabyte_is_a_failed_row() {
     assert_eq!(code, Some(1), "{message}");
     assert!(rows.iter().all(|row| (row["status"] == "ok") == (row["key"] == "good")), "{rows:?}");
 }
+
+#[test]
+fn a_parquet_page_beyond_the_limit_is_not_inflated() {
+    let column: arrow_array::ArrayRef = std::sync::Arc::new(arrow_array::BinaryArray::from_vec(vec![&[0; 3_000_000]]));
+    let batch = arrow_array::RecordBatch::try_from_iter([("image", column)]).unwrap();
+    let compression = parquet::basic::Compression::SNAPPY;
+    let properties = parquet::file::properties::WriterProperties::builder().set_compression(compression).build();
+    let mut bytes = Vec::new();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, batch.schema(), Some(properties)).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+    assert!(bytes.len() < 300_000);
+    let (code, rows, message) = run_tar(&bytes, "zeros.parquet", &["--max-parquet-page-bytes", "1000000"]);
+    assert_eq!((code, rows.len()), (Some(1), 0), "{message}");
+    assert!(message.contains("--max-parquet-page-bytes"), "{message}");
+    let (code, rows, message) = run_tar(&bytes, "zeros.parquet", &[]);
+    assert_eq!((code, rows.len()), (Some(1), 1), "{message}");
+    assert!(rows[0]["error"].as_str().unwrap().contains("not a JPEG"), "{rows:?}");
+}
