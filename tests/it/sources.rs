@@ -237,6 +237,15 @@ fn a_damaged_parquet_file_is_told_and_the_others_are_written() {
 }
 
 #[test]
+fn a_page_over_the_limit_is_refused_before_it_is_read() {
+    let plain = shard("plain.parquet");
+    let output = run(&[&plain, "--max-parquet-page-bytes", "1000"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("is over the limit of 1000 (--max-parquet-page-bytes)"), "{}", stderr(&output));
+    assert_eq!(printed_rows(&run(&[&plain, "--max-parquet-page-bytes", "100000"])).len(), 7);
+}
+
+#[test]
 fn a_folder_comes_in_the_order_of_its_keys() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["a/b.png", "a-b.png", "a.png", "a/a/c.png", "a/ä.png", "b/.png", "B.png", "a b.png", "c.txt"] {
