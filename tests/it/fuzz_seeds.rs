@@ -72,9 +72,12 @@ fn try_all(target: &str, parse: fn(&[u8])) {
     parse(&[]);
 }
 
+/// A fuzz target's function.
+type Target = fn(&[u8]);
+
 #[test]
 fn every_target_takes_its_seeds_and_damaged_copies() {
-    let targets: [(&str, fn(&[u8])); 11] = [
+    let targets: [(&str, Target); 11] = [
         ("image", run::image),
         ("tar", run::tar),
         ("parquet", run::parquet),
@@ -100,7 +103,7 @@ fn seeds_are_whole() {
         recaption::pipeline::load::load(&bytes, &limits).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
     let count = |name: &str| {
-        let input = recaption::pipeline::input::Input::Tar(root("fuzz/seeds/tar").join(name));
+        let input = recaption::pipeline::input::Input::Tar(root("fuzz/seeds/tar").join(name).into());
         recaption::fuzzing::source(input, &Default::default())
     };
     assert_eq!(count("plain.tar"), (1, 1));
