@@ -100,7 +100,7 @@ fn seeds_are_whole() {
         recaption::pipeline::load::load(&bytes, &limits).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
     let count = |name: &str| {
-        let input = recaption::pipeline::input::Input::Tar(root("fuzz/seeds/tar").join(name));
+        let input = recaption::pipeline::input::Input::Tar(root("fuzz/seeds/tar").join(name).into());
         recaption::fuzzing::source(input, &Default::default())
     };
     assert_eq!(count("plain.tar"), (1, 1));
