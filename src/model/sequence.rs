@@ -47,11 +47,20 @@ pub struct Sequence<T> {
     pub finish_reason: Option<FinishReason>,
     /// A logit was NaN or infinite: the caption is worthless.
     pub is_non_finite: bool,
+    /// When the first new token came, where that is recorded.
+    pub(crate) first_token_ns: u64,
 }
 
 impl<T> Sequence<T> {
     pub(crate) fn new(subject: T, prompt_length: usize) -> Self {
-        Self { subject, cached_length: prompt_length, token_ids: Vec::new(), finish_reason: None, is_non_finite: false }
+        Self {
+            subject,
+            cached_length: prompt_length,
+            token_ids: Vec::new(),
+            finish_reason: None,
+            is_non_finite: false,
+            first_token_ns: 0,
+        }
     }
 
     /// Takes the next id from the decoder; -1 says that its logits were not finite.

@@ -18,13 +18,16 @@ use crossbeam::channel::{Receiver, Sender};
 use image::codecs::{bmp::BmpDecoder, png::PngDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageError};
-use recaption_export::hex;
+use recaption_export::{Preprocessing, hex};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use crate::pipeline::panic_message;
+use crate::pipeline::pool::SamplePool;
+use crate::pipeline::preprocess::max_reduction;
 use crate::pipeline::row::{Message, RowDraft};
 use crate::pipeline::source::ImageRecord;
+use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
 pub use probe::Format;
@@ -40,18 +43,26 @@ pub(crate) fn run(
     records: &Receiver<ImageRecord>,
     loaded: &Sender<LoadedImage>,
     rows: &Sender<Message>,
-    limits: &LoadLimits,
+    mut loader: Loader,
+    pool: &SamplePool,
 ) {
-    for ImageRecord { mut draft, bytes } in records {
+    while let Some(ImageRecord { mut draft, bytes }) = recorder::receive(records) {
         Stage::Load.enter();
+        draft.times.is_taken(Stage::Load);
+        let begun = recorder::begin();
         draft.image_sha256 = Some(hex(&Sha256::digest(&bytes)));
-        draft.dimensions = stored_dimensions(&bytes);
-        let is_sent = match load(&bytes, limits) {
+        let image = loader.load(&bytes, pool.take());
+        begun.end(Stage::Load, Work::IMAGE);
+        draft.times.is_queued();
+        let is_sent = match image {
             Ok(image) => {
                 draft.dimensions = Some((image.stored_width, image.stored_height));
-                loaded.send(LoadedImage { draft, image }).is_ok()
+                recorder::send(loaded, LoadedImage { draft, image }).is_ok()
             }
-            Err(reason) => rows.send(draft.fail(Stage::Load, reason).into()).is_ok(),
+            Err(reason) => {
+                draft.dimensions = stored_dimensions(&bytes);
+                recorder::send(rows, draft.fail(Stage::Load, reason).into()).is_ok()
+            }
         };
         // A closed channel means that the run is failing elsewhere.
         if !is_sent {
@@ -118,8 +129,10 @@ pub struct RgbImage {
     pub width: u32,
     /// Height of the upright picture.
     pub height: u32,
-    /// [height, width, 3], sRGB samples of 8 bits (colour profiles are not applied).
+    /// [height / reduction, width / reduction, 3], rounded up; sRGB samples of 8 bits (colour profiles are not applied).
     pub pixels: Vec<u8>,
+    /// Each of `pixels` is the mean of a square of that many pixels a side: 1, or more where a smaller picture was asked for.
+    pub reduction: u32,
     /// Width in the file, before the EXIF orientation was applied.
     pub stored_width: u32,
     /// Height in the file, before the EXIF orientation was applied.
@@ -174,7 +187,7 @@ struct Stored {
     orientation: Orientation,
 }
 
-/// Decodes one file into upright RGB.
+/// Decodes one file into upright RGB, at its full size.
 ///
 /// Of an animation only the first frame is decoded. 16-bit samples keep their high byte.
 ///
@@ -182,38 +195,74 @@ struct Stored {
 ///
 /// Every way in which the bytes are not a complete, supported image within `limits`.
 pub fn load(bytes: &[u8], limits: &LoadLimits) -> Result<RgbImage, LoadError> {
-    if bytes.is_empty() {
-        return Err(LoadError::Empty);
+    Loader::new(limits.clone(), None).load(bytes, Vec::new())
+}
+
+/// Decodes files one after another, with memory that is kept between them.
+pub struct Loader {
+    limits: LoadLimits,
+    /// What the pictures are loaded for: they may come reduced as far as that does not show.
+    preprocessing: Option<Preprocessing>,
+    jpeg: jpeg::Scratch,
+}
+
+impl Loader {
+    /// With `preprocessing`, large pictures may come reduced ([`RgbImage::reduction`]), as far as the result of that is the same
+    /// but for rounding.
+    #[must_use]
+    pub fn new(limits: LoadLimits, preprocessing: Option<Preprocessing>) -> Self {
+        Self { limits, preprocessing, jpeg: jpeg::Scratch::default() }
     }
-    let Some(format) = probe::sniff(bytes) else {
-        let start = bytes[..bytes.len().min(4)].escape_ascii().to_string();
-        return Err(LoadError::NotAnImage { start });
-    };
-    // Third-party decoders read untrusted bytes here: one panic must cost one row, not the run.
-    // Nothing that they touched outlives the call, so no broken state can be observed.
-    let decoded = catch_unwind(AssertUnwindSafe(|| {
-        if let Some(dimensions) = probe::dimensions(format, bytes) {
-            limits.check_pixels(dimensions)?;
+
+    /// As [`load`]; `memory`, whatever it holds, may become the picture's pixels.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`].
+    pub fn load(&mut self, bytes: &[u8], mut memory: Vec<u8>) -> Result<RgbImage, LoadError> {
+        if bytes.is_empty() {
+            return Err(LoadError::Empty);
         }
-        match format {
-            Format::Jpeg => {
-                limits.check_scans(bytes)?;
-                jpeg::decode(&probe::without_short_app14(bytes), limits)
+        let Some(format) = probe::sniff(bytes) else {
+            let start = bytes[..bytes.len().min(4)].escape_ascii().to_string();
+            return Err(LoadError::NotAnImage { start });
+        };
+        let Self { limits, preprocessing, jpeg } = self;
+        let reduction = |width, height| preprocessing.as_ref().map_or(1, |to| max_reduction(to, width, height));
+        // Decoders read untrusted bytes here: one panic must cost one row, not the run. Nothing that they touched outlives the
+        // call but the memory that is given up then, so no broken state can be observed.
+        let decoded = catch_unwind(AssertUnwindSafe(|| {
+            let plain = match format {
+                Format::Jpeg => jpeg::decode_plain(bytes, limits, &reduction, jpeg, &mut memory),
+                _ => None,
+            };
+            if let Some((stored, reduction)) = plain {
+                return Ok(upright(stored, reduction));
             }
-            Format::Gif => gif::decode(bytes, limits),
-            // libwebp refuses a file that is shorter than its container says; image-webp does not
-            // notice where the first frame is complete.
-            Format::WebP if probe::riff_end(bytes).is_some_and(|end| end > bytes.len() as u64) => {
-                Err(LoadError::Truncated { format, num_bytes: bytes.len() })
+            if let Some(dimensions) = probe::dimensions(format, bytes) {
+                limits.check_pixels(dimensions)?;
             }
-            _ => decode(format, bytes, limits),
-        }
-    }));
-    let stored = decoded.unwrap_or_else(|panic| {
-        let message = panic_message(panic.as_ref());
-        Err(LoadError::DecoderPanicked { format, message })
-    })?;
-    Ok(upright(stored))
+            let stored = match format {
+                Format::Jpeg => {
+                    limits.check_scans(bytes)?;
+                    jpeg::decode(&probe::without_short_app14(bytes), limits)
+                }
+                Format::Gif => gif::decode(bytes, limits),
+                // libwebp refuses a file that is shorter than its container says; image-webp does not
+                // notice where the first frame is complete.
+                Format::WebP if probe::riff_end(bytes).is_some_and(|end| end > bytes.len() as u64) => {
+                    Err(LoadError::Truncated { format, num_bytes: bytes.len() })
+                }
+                _ => decode(format, bytes, limits),
+            };
+            stored.map(|stored| upright(stored, 1))
+        }));
+        decoded.unwrap_or_else(|panic| {
+            self.jpeg = jpeg::Scratch::default();
+            let message = panic_message(panic.as_ref());
+            Err(LoadError::DecoderPanicked { format, message })
+        })
+    }
 }
 
 /// Extension of the file's format, told by content: `jpg`, `png`, `webp`, `gif` or `bmp`.
@@ -329,19 +378,24 @@ fn orientation_of(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Option<Orientation
     })
 }
 
-fn upright(stored: Stored) -> RgbImage {
-    let Stored { width, height, pixels, orientation } = stored;
-    let (stored_width, stored_height) = (width, height);
+fn upright(stored: Stored, reduction: u32) -> RgbImage {
+    let Stored { width: stored_width, height: stored_height, pixels, orientation } = stored;
     if orientation == Orientation::NoTransforms {
-        return RgbImage { width, height, pixels, stored_width, stored_height };
+        let (width, height) = (stored_width, stored_height);
+        return RgbImage { width, height, pixels, reduction, stored_width, stored_height };
     }
-    let buffer = image::RgbImage::from_raw(width, height, pixels)
+    let [columns, rows] = [stored_width, stored_height].map(|side| side.div_ceil(reduction));
+    let buffer = image::RgbImage::from_raw(columns, rows, pixels)
         .expect("bug: the decoder's buffer does not match its dimensions");
     let mut turned = DynamicImage::ImageRgb8(buffer);
     turned.apply_orientation(orientation);
     let turned = turned.into_rgb8();
-    let (width, height) = turned.dimensions();
-    RgbImage { width, height, pixels: turned.into_raw(), stored_width, stored_height }
+    // A side changes by a turn only.
+    let (width, height) = match turned.dimensions() == (columns, rows) {
+        true => (stored_width, stored_height),
+        false => (stored_height, stored_width),
+    };
+    RgbImage { width, height, pixels: turned.into_raw(), reduction, stored_width, stored_height }
 }
 
 fn decode_error(format: Format, bytes: &[u8], error: &ImageError) -> LoadError {

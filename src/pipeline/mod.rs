@@ -38,8 +38,8 @@ use crate::pipeline::engine::{
     Captioner, Engine, EngineChannels, EngineOptions, Failing, ImageCaptioner, Injection, Returns,
 };
 use crate::pipeline::input::Input;
-use crate::pipeline::load::LoadLimits;
-use crate::pipeline::pool::BufferPool;
+use crate::pipeline::load::{LoadLimits, Loader};
+use crate::pipeline::pool::{BufferPool, SamplePool};
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::source::limits::SourceLimits;
@@ -47,6 +47,7 @@ use crate::pipeline::source::{Part, SourceChannels, SourceOptions, SourceReport}
 use crate::pipeline::write::failures::MaxFailures;
 use crate::pipeline::write::output::Output;
 use crate::pipeline::write::{Counts, Sink, WriteOptions, WriteReport};
+use crate::profile::recorder::Recorder;
 use crate::stage::Stage;
 
 /// Encoded images that wait for a load thread: enough to hide a slow read, little enough to be nothing.
@@ -92,6 +93,8 @@ pub struct RunOptions {
     pub part: Option<Part>,
     /// Raised by the user: finish what is in flight, then end.
     pub interrupt: Arc<AtomicBool>,
+    /// Where the stages' times go, if anywhere.
+    pub recorder: Option<Arc<Recorder>>,
 }
 
 /// What a run did: `summary.json`.
@@ -143,7 +146,8 @@ pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
     let tokenizer = Tokenizer::open(&options.bundle.tokenizer_path())?;
     let keeps_pixels = options.engines.len() > 1;
     let open = |(i, engine): (usize, &EngineOptions)| -> Result<Box<dyn Captioner>> {
-        let engine = Engine::open(&options.bundle, &options.prompt, engine)?;
+        let engine = EngineOptions { times_device: options.recorder.is_some(), ..engine.clone() };
+        let engine = Engine::open(&options.bundle, &options.prompt, &engine)?;
         let captioner = Box::new(ImageCaptioner::new(engine, keeps_pixels));
         let injection = options.injection.filter(|injection| injection.engine == i);
         Ok(match injection {
@@ -225,8 +229,11 @@ fn run_stages(
     let (loaded_in, loaded_out) = bounded(MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
     let (preprocessed_in, preprocessed_out) = bounded(max_preprocessed);
     let has_images = output.is_some_and(|output| output.options.format.has_images());
-    let (rows_in, rows_out) = bounded(if has_images { MAX_QUEUED_ROWS_WITH_IMAGES } else { MAX_QUEUED_ROWS });
+    let max_rows = if has_images { MAX_QUEUED_ROWS_WITH_IMAGES } else { MAX_QUEUED_ROWS };
+    let (rows_in, rows_out) = bounded(max_rows);
     let pool = BufferPool::new(max_preprocessed + options.num_load_threads, pixel_format);
+    // One is being filled, some wait, one is being read.
+    let samples = SamplePool::new((2 + MAX_QUEUED_LOADED_PER_THREAD) * options.num_load_threads);
     let source_options = SourceOptions {
         inputs: options.inputs.clone(),
         output,
@@ -235,8 +242,20 @@ fn run_stages(
         limits: options.source_limits.clone(),
         image_column: options.image_column.clone(),
     };
-    let write_options =
-        WriteOptions { output, tokenizer, with_token_ids: options.with_token_ids, max_failures: options.max_failures };
+    let write_options = WriteOptions {
+        output,
+        tokenizer,
+        with_token_ids: options.with_token_ids,
+        prompt_tokens: options.prompt.len(options.bundle.manifest.vision.num_image_tokens),
+        max_failures: options.max_failures,
+    };
+    let recorder = options.recorder.as_ref();
+    if let Some(recorder) = recorder {
+        recorder.queue(Stage::Load, MAX_QUEUED_RECORDS);
+        recorder.queue(Stage::Preprocess, MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
+        recorder.queue(Stage::Vision, max_preprocessed);
+        recorder.queue(Stage::Write, max_rows);
+    }
     let supervisor = Supervisor::default();
     let failures = Mutex::new(Vec::new());
     if !options.quiet {
@@ -248,10 +267,10 @@ fn run_stages(
         // Also when this returns early: the stages that run already must end, and the progress line with them.
         let _guard = EndGuard { supervisor, progress };
         if !options.quiet {
-            spawn(scope, "progress".to_owned(), || progress.report())?;
+            spawn(scope, None, "progress".to_owned(), || progress.report())?;
         }
         let rows = rows_in.clone();
-        let source = spawn(scope, Stage::Source.name().to_owned(), move || {
+        let source = spawn(scope, recorder, Stage::Source.name().to_owned(), move || {
             supervisor.watch(Stage::Source, || {
                 let stop = [&supervisor.abort, &*options.interrupt];
                 source::run(source_options, SourceChannels { records: records_in, rows, stop })
@@ -259,17 +278,20 @@ fn run_stages(
         })?;
         for i in 0..options.num_load_threads {
             let (records, loaded, rows) = (records_out.clone(), loaded_in.clone(), rows_in.clone());
-            spawn(scope, format!("{}-{i}", Stage::Load), move || {
+            let (loader, memory) =
+                (Loader::new(options.load_limits.clone(), Some(preprocessing.clone())), samples.clone());
+            spawn(scope, recorder, format!("{}-{i}", Stage::Load), move || {
                 supervisor.watch(Stage::Load, || {
-                    load::run(&records, &loaded, &rows, &options.load_limits);
+                    load::run(&records, &loaded, &rows, loader, &memory);
                     Ok(())
                 })
             })?;
             let (loaded, preprocessed, rows) = (loaded_out.clone(), preprocessed_in.clone(), rows_in.clone());
-            let (preprocessor, pool) = (Preprocessor::new(preprocessing.clone()), pool.clone());
-            spawn(scope, format!("{}-{i}", Stage::Preprocess), move || {
+            let (preprocessor, pool, memory) =
+                (Preprocessor::new(preprocessing.clone()), pool.clone(), samples.clone());
+            spawn(scope, recorder, format!("{}-{i}", Stage::Preprocess), move || {
                 supervisor.watch(Stage::Preprocess, || {
-                    preprocess::run(&loaded, &preprocessed, &rows, preprocessor, &pool);
+                    preprocess::run(&loaded, &preprocessed, &rows, preprocessor, (&pool, &memory));
                     Ok(())
                 })
             })?;
@@ -279,7 +301,7 @@ fn run_stages(
         for (i, (engine, returns)) in engines.into_iter().zip(returns).enumerate() {
             let (images, rows) = (preprocessed_out.clone(), rows_in.clone());
             let name = format!("engine {i} on {}", options.engines[i].device);
-            spawn(scope, format!("engine-{i}"), move || {
+            spawn(scope, recorder, format!("engine-{i}"), move || {
                 let stage = Cell::new(Stage::Vision);
                 let abort = &supervisor.abort;
                 let channels = EngineChannels { name, images, rows, abort, progress, stage: &stage, failures };
@@ -288,7 +310,7 @@ fn run_stages(
         }
         // The stages hold the only ends from here on, so that each closes its output by ending.
         drop((records_out, loaded_in, loaded_out, preprocessed_in, preprocessed_out, rows_in));
-        let writer = spawn(scope, Stage::Write.name().to_owned(), move || {
+        let writer = spawn(scope, recorder, Stage::Write.name().to_owned(), move || {
             supervisor.watch(Stage::Write, || write::run(&write_options, &rows_out, progress))
         })?;
         let written = writer.join().ok().flatten();
@@ -327,13 +349,20 @@ fn count_in_background(options: &RunOptions, num_finished: u64, progress: Arc<Pr
     let _ = thread::Builder::new().name("count".to_owned()).spawn(count);
 }
 
+/// Starts a thread; what it records, it records under its name.
 fn spawn<'scope, T: Send + 'scope>(
     scope: &'scope thread::Scope<'scope, '_>,
+    recorder: Option<&'scope Arc<Recorder>>,
     name: String,
     body: impl FnOnce() -> T + Send + 'scope,
 ) -> Result<thread::ScopedJoinHandle<'scope, T>> {
     let failed = Error::io("start thread", std::path::Path::new(&name));
-    thread::Builder::new().name(name.clone()).spawn_scoped(scope, body).map_err(failed)
+    let (thread, track) = (name.clone(), name.clone());
+    let recorded = move || {
+        let _track = recorder.map(|recorder| recorder.enter(&track));
+        body()
+    };
+    thread::Builder::new().name(thread).spawn_scoped(scope, recorded).map_err(failed)
 }
 
 /// Keeps the first failure of any stage and tells the others to stop.

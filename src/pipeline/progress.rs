@@ -1,13 +1,12 @@
 //! How far a run is: counters that the stages raise, and the reporter that shows them, as a bar on a terminal and as a
 //! line every ten seconds elsewhere.
 
-use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::terminal;
+use crate::console::{self, print_line};
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -75,7 +74,7 @@ impl Progress {
 
     /// Shows the counters on standard error until [`Self::finish`].
     pub(crate) fn report(&self) {
-        if std::io::stderr().is_terminal() {
+        if console::is_terminal() {
             self.show_bar();
         } else {
             self.write_lines();
@@ -116,6 +115,7 @@ impl Progress {
         let spinner = ProgressStyle::with_template("{spinner} {wide_msg}").expect("bug: valid template");
         let with_bar = ProgressStyle::with_template("{bar:16} {wide_msg}").expect("bug: valid template");
         bar.set_style(spinner);
+        console::set_bar(Some(bar.clone()));
         while !self.is_over.load(Ordering::Acquire) {
             let total = self.total();
             if total > 0 && bar.length().is_none() {
@@ -126,14 +126,10 @@ impl Progress {
             bar.set_message(self.line());
             std::thread::sleep(BAR_INTERVAL);
         }
+        console::set_bar(None);
         bar.finish_and_clear();
         print_line(&self.line());
     }
-}
-
-/// To standard error; whether anybody reads it is not the run's concern.
-pub(crate) fn print_line(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", terminal::escape(line));
 }
 
 /// `2h05m`, `15m12s` or `8s`.

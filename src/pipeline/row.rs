@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use crate::model::sequence::FinishReason;
 use crate::pipeline::write::output::OpenShard;
+use crate::profile::recorder::ImageTimes;
 use crate::stage::Stage;
 
 /// A unit of output: the rows of one tar, or of up to 10,000 files.
@@ -51,6 +52,8 @@ pub struct RowDraft {
     pub dimensions: Option<(u32, u32)>,
     /// SHA-256 of the image bytes as read.
     pub image_sha256: Option<String>,
+    /// When it passed from stage to stage.
+    pub times: ImageTimes,
     /// The bytes as read, where the output has them too.
     pub image: Option<Bytes>,
 }

@@ -25,12 +25,14 @@ use recaption_export::hex;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::live::{self, ShardState};
 use crate::model::Tokenizer;
 use crate::pipeline::progress::Progress;
-use crate::pipeline::row::{Message, Row, Shard};
+use crate::pipeline::row::{Failure, Message, Row, Shard};
 use crate::pipeline::write::failures::MaxFailures;
 use crate::pipeline::write::fault::Operation;
 use crate::pipeline::write::output::{OpenShard, Output};
+use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
 pub use self::jsonl::row_to_json;
@@ -52,6 +54,8 @@ pub(crate) struct WriteOptions<'a> {
     pub(crate) output: Option<&'a Output>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) with_token_ids: bool,
+    /// Prompt tokens of each caption.
+    pub(crate) prompt_tokens: usize,
     /// When the run is given up.
     pub(crate) max_failures: Option<MaxFailures>,
 }
@@ -125,19 +129,22 @@ impl<'a> Writer<'a> {
         loop {
             let message = match interval {
                 // Rows that wait for the disk must not wait for the next row.
-                Some(interval) => match rows.recv_timeout(interval.max(Duration::from_millis(10))) {
+                Some(interval) => match recorder::receive_timeout(rows, interval.max(Duration::from_millis(10))) {
                     Err(RecvTimeoutError::Timeout) => None,
                     Err(RecvTimeoutError::Disconnected) => return Ok(()),
                     Ok(message) => Some(message),
                 },
-                None => match rows.recv() {
-                    Ok(message) => Some(message),
-                    Err(_) => return Ok(()),
+                None => match recorder::receive(rows) {
+                    Some(message) => Some(message),
+                    None => return Ok(()),
                 },
             };
             if let Some(message) = message {
                 Stage::Write.enter();
+                let begun = recorder::begin();
+                let work = if matches!(message, Message::Row(_)) { Work::IMAGE } else { Work::default() };
                 self.accept(message, progress)?;
+                begun.end(Stage::Write, work);
             }
             if interval.is_some_and(|interval| self.last_sync.elapsed() >= interval) {
                 self.sync()?;
@@ -166,6 +173,8 @@ impl<'a> Writer<'a> {
     }
 
     fn add_row(&mut self, mut row: Row, progress: &Progress) -> Result<()> {
+        row.draft.times.is_taken(Stage::Write);
+        self.tell(&row);
         let (shard, index, image) = (row.draft.shard.index, row.draft.index, row.draft.image.take());
         let row = WrittenRow::new(row, &self.options.tokenizer, self.options.with_token_ids)?;
         let pending = self.shards.entry(shard).or_default();
@@ -183,6 +192,20 @@ impl<'a> Writer<'a> {
                 reasons: failures::most_frequent(&done.failures, 3).join(", "),
             }),
             _ => Ok(()),
+        }
+    }
+
+    /// Says to logs and metrics how an image went.
+    fn tell(&self, row: &Row) {
+        match &row.outcome {
+            Err(Failure { stage, reason }) => {
+                let (key, source) = (&row.draft.input.key, &row.draft.input.source);
+                tracing::info!(shard = row.draft.shard.name, key, source, %stage, reason, "image failed");
+                live::count_row(Err(*stage));
+            }
+            Ok(generated) => {
+                live::count_row(Ok((self.options.prompt_tokens as u64, generated.token_ids.len() as u64)));
+            }
         }
     }
 
@@ -215,6 +238,8 @@ impl<'a> Writer<'a> {
         match &ended.identity {
             Some(identity) => {
                 output.commit(&ended.shard.name, *open, ended.num_rows, identity)?;
+                live::count_shard(ShardState::Written);
+                tracing::info!(shard = ended.shard.name, rows = ended.num_rows, "shard written");
                 self.report.num_committed += num_new_rows as u64;
                 Ok(())
             }
@@ -240,6 +265,7 @@ impl<'a> Writer<'a> {
             }
             self.shards.remove(&self.num_printed_shards);
             self.num_printed_shards += 1;
+            live::count_shard(ShardState::Written);
         }
         Ok(())
     }

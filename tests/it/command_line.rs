@@ -14,8 +14,10 @@ fn help_teaches() {
         ("export", &["export", "--help"]),
         ("run", &["run", "--help"]),
         ("run-short", &["run", "-h"]),
+        ("profile", &["profile", "--help"]),
         ("inspect", &["inspect", "--help"]),
         ("doctor", &["doctor", "--help"]),
+        ("plan", &["plan", "--help"]),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).env("COLUMNS", "100").output().unwrap();
         assert_eq!(output.status.code(), Some(0));

@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+mod allocations;
 mod bad_inputs;
 mod claims;
 mod clip;
@@ -19,10 +20,15 @@ mod inspect;
 mod layouts;
 mod library;
 mod load;
+mod logs;
+mod metrics;
+mod operators_library;
 mod parity;
 mod pillow;
+mod plan;
 mod precisions;
 mod preprocessing;
+mod profile;
 mod resume;
 mod servers;
 mod shards;

@@ -198,7 +198,7 @@ pub(super) fn png_raw_exif(png: &[u8]) -> Option<Vec<u8>> {
 /// entropy-coded data, stuffed bytes (`ff 00`), fill bytes (`ff ff`) and stray bytes, as libjpeg.
 pub(super) fn next_marker(bytes: &[u8], mut position: usize) -> Option<(u8, usize)> {
     loop {
-        position += bytes.get(position..)?.iter().position(|&byte| byte == 0xff)? + 1;
+        position += memchr::memchr(0xff, bytes.get(position..)?)? + 1;
         match bytes.get(position)? {
             0x00 => position += 1,
             0xff => {}

@@ -11,11 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 
 use crate::error::Result;
+use crate::live::{self, ShardState};
 use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
 use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::source::{ImageRecord, Part, SourceChannels, SourceOptions};
 use crate::pipeline::write::journal::key_hash;
 use crate::pipeline::write::output::{BegunShard, FinishedShard, Kept, Output, other_input};
+use crate::profile::recorder::{self, ImageTimes, Work};
 use crate::stage::Stage;
 
 /// What a source has to do for a shard that it begins.
@@ -51,6 +53,8 @@ pub(super) struct Emitter<'a> {
     ended: HashSet<String>,
     /// A stop flag ended the reading.
     is_cut_short: bool,
+    /// Since the last image was sent.
+    reading: recorder::Begun,
 }
 
 /// The present shard.
@@ -81,6 +85,7 @@ impl<'a> Emitter<'a> {
             busy: Vec::new(),
             ended: HashSet::new(),
             is_cut_short: false,
+            reading: recorder::begin(),
         }
     }
 
@@ -155,11 +160,14 @@ impl<'a> Emitter<'a> {
         let kept = match begun {
             None => Kept::default(),
             Some(BegunShard::Busy) => {
+                tracing::info!(shard = shard.name, "shard is in work in another process");
                 self.busy.push(shard.name.clone());
                 self.state = State::Passed;
                 return Ok(Begun::Skip);
             }
             Some(BegunShard::Finished(finished)) => {
+                live::count_shard(ShardState::Skipped);
+                tracing::info!(shard = shard.name, rows = finished.counts.rows, "shard is written already");
                 self.ended.insert(shard.name.clone());
                 match identity {
                     Some(identity) => {
@@ -176,6 +184,8 @@ impl<'a> Emitter<'a> {
                 kept
             }
         };
+        live::count_shard(ShardState::Claimed);
+        tracing::info!(shard = shard.name, kept = kept.rows.len(), "shard begun");
         self.num_shards += 1;
         self.state = State::Open(shard, kept);
         Ok(Begun::Open)
@@ -220,16 +230,32 @@ impl<'a> Emitter<'a> {
             return if *known == key_hash(&input.key) { Ok(()) } else { Err(other_input(&shard.name)) };
         }
         let shard = Arc::clone(shard);
-        let mut draft = RowDraft { shard, index, input, dimensions: None, image_sha256: None, image: None };
-        Stage::Source.enter();
-        // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
-        let _ = match bytes() {
-            Ok(bytes) => {
-                draft.image = self.keeps_images.then(|| bytes.clone());
-                self.channels.records.send(ImageRecord { draft, bytes }).map_err(|_| ())
-            }
-            Err(reason) => self.channels.rows.send(draft.fail(Stage::Source, reason).into()).map_err(|_| ()),
+        let mut draft = RowDraft {
+            shard,
+            index,
+            input,
+            dimensions: None,
+            image_sha256: None,
+            times: ImageTimes::default(),
+            image: None,
         };
+        Stage::Source.enter();
+        let bytes = bytes();
+        self.reading.end(Stage::Source, Work::IMAGE);
+        draft.times.is_read();
+        draft.times.is_queued();
+        // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
+        let _ = match bytes {
+            Ok(bytes) => {
+                live::count_read(bytes.len());
+                draft.image = self.keeps_images.then(|| bytes.clone());
+                recorder::send(&self.channels.records, ImageRecord { draft, bytes }).map_err(|_| ())
+            }
+            Err(reason) => {
+                recorder::send(&self.channels.rows, draft.fail(Stage::Source, reason).into()).map_err(|_| ())
+            }
+        };
+        self.reading = recorder::begin();
         Ok(())
     }
 

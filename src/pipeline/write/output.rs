@@ -49,6 +49,9 @@ impl Format {
     }
 }
 
+/// How long a finished row may be lost to a power loss where nobody says.
+const DEFAULT_SYNC_INTERVAL: Duration = Duration::from_secs(5);
+
 /// An output folder and how it is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutputOptions {
@@ -69,6 +72,20 @@ pub struct OutputOptions {
 }
 
 impl OutputOptions {
+    /// A folder of this process's own, written as Parquet.
+    #[must_use]
+    pub fn private(folder: PathBuf) -> Self {
+        Self {
+            folder,
+            format: Format::Parquet,
+            work_folder: None,
+            settings: String::new(),
+            sync_interval: DEFAULT_SYNC_INTERVAL,
+            retry_failed: false,
+            has_claims: false,
+        }
+    }
+
     /// The folder of the journals.
     pub(crate) fn journal_folder(&self) -> PathBuf {
         self.work_folder.as_ref().unwrap_or(&self.folder).join("journal")

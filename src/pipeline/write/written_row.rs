@@ -11,12 +11,13 @@ use crate::pipeline::row::Row;
 use crate::pipeline::write::failures;
 
 /// How a row ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// With a caption.
     Ok,
     /// Without one.
+    #[default]
     Failed,
 }
 
@@ -32,7 +33,7 @@ impl Status {
 }
 
 /// A row in the form it is written: the columns of the output.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WrittenRow {
     /// Tar stem, or path below the folder.
     pub key: String,
