@@ -111,6 +111,17 @@ fn prepare(args: &RunArgs) -> Result<(RunOptions, Value)> {
     Ok((options, settings))
 }
 
+/// Limits decide which images fail.
+fn settings_of(limits: &LimitArgs) -> Value {
+    json!({
+        "max_pixels": limits.max_pixels,
+        "max_decoded_bytes": limits.max_decoded_bytes,
+        "max_image_bytes": limits.max_image_bytes,
+        "max_sidecar_bytes": limits.max_sidecar_bytes,
+        "max_json_depth": limits.max_json_depth,
+    })
+}
+
 /// `run.json`: what decides the captions. A run into the same folder must agree with it.
 fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) -> Result<Value> {
     let manifest = &bundle.manifest;
@@ -131,17 +142,6 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
             "format": format,
         },
     }))
-}
-
-/// Limits decide which images fail.
-fn settings_of(limits: &LimitArgs) -> Value {
-    json!({
-        "max_pixels": limits.max_pixels,
-        "max_decoded_bytes": limits.max_decoded_bytes,
-        "max_image_bytes": limits.max_image_bytes,
-        "max_sidecar_bytes": limits.max_sidecar_bytes,
-        "max_json_depth": limits.max_json_depth,
-    })
 }
 
 fn describe(summary: &Summary, out: Option<&Path>) -> String {
