@@ -173,14 +173,9 @@ fn causal_attention(input: &mut Input<'_>) {
     }
     let rotary_dim = [0, head_dim / 2 * 2, head_dim / 4 * 2, head_dim + 2, 1][input.below(5)];
     let table = input.length(max_len * rotary_dim / 2);
-<<<<<<< HEAD
-    let sine_count = input.length(table);
-    let (cos, sin) = (input.floats(table), input.floats(sine_count));
-=======
     let cos = input.floats(table);
     let sine_count = input.length(table);
     let sin = input.floats(sine_count);
->>>>>>> h3
     let packed_count = input.length(rows * width);
     let packed = input.floats(packed_count);
     let out_count = input.length(rows * heads * head_dim);
