@@ -154,7 +154,7 @@ fn headers_without_end_damage_a_tar_and_cost_no_memory() {
     encoder.finish().unwrap();
     let output = run(&[path.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("headers are longer than 4194304 bytes"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("names are longer than 1048576 bytes"), "{}", stderr(&output));
 }
 
 #[test]
@@ -234,6 +234,15 @@ fn a_damaged_parquet_file_is_told_and_the_others_are_written() {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("the parquet file is damaged"), "{}", stderr(&output));
     assert_eq!(parquet_rows(&out).len(), 7);
+}
+
+#[test]
+fn a_page_over_the_limit_is_refused_before_it_is_read() {
+    let plain = shard("plain.parquet");
+    let output = run(&[&plain, "--max-parquet-page-bytes", "1000"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("is over the limit of 1000 (--max-parquet-page-bytes)"), "{}", stderr(&output));
+    assert_eq!(printed_rows(&run(&[&plain, "--max-parquet-page-bytes", "100000"])).len(), 7);
 }
 
 #[test]
