@@ -15,7 +15,7 @@ use recaption::export::{PixelLayout, Preprocessing};
 use recaption::model::Tokenizer;
 use recaption::pipeline::load::{LoadLimits, Loader, load};
 use recaption::pipeline::preprocess::{PixelFormat, Preprocessor};
-use recaption::pipeline::write::{WrittenRow, row_to_json};
+use recaption::pipeline::write::{Status, WrittenRow, row_to_json};
 use serde_json::json;
 
 const CAPTION: &str = "The image shows two objects on a black background. There is a small guitar in the top right, and a \
@@ -119,7 +119,7 @@ fn writing(criterion: &mut Criterion) {
         url: Some("https://example.org/pictures/1.jpg".to_owned()),
         org_caption: Some("best price pretzel online shop".to_owned()),
         re_caption: Some(CAPTION.to_owned()),
-        status: "ok",
+        status: Status::Ok,
         source: "00000.tar".to_owned(),
         ..WrittenRow::default()
     };

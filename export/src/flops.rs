@@ -79,10 +79,17 @@ pub fn projector(vision: &VisionDims, decoder: &DecoderDims) -> u64 {
 /// ```
 #[must_use]
 pub fn prefill(dims: &DecoderDims, num_tokens: usize) -> u64 {
+    prefill_behind(dims, 0, num_tokens)
+}
+
+/// The same behind `num_cached` tokens that the cache holds already: token `i` sees `num_cached + i`.
+#[must_use]
+pub fn prefill_behind(dims: &DecoderDims, num_cached: usize, num_tokens: usize) -> u64 {
     if num_tokens == 0 {
         return 0;
     }
-    let num_seen = product(&[num_tokens, num_tokens.saturating_add(1)]) / 2;
+    let num_seen =
+        (product(&[num_tokens, num_tokens.saturating_add(1)]) / 2).saturating_add(product(&[num_tokens, num_cached]));
     let rows_of_mlp = product(&[dims.num_layers.saturating_sub(1), num_tokens]).saturating_add(1);
     sum([
         product(&[dims.num_layers, num_tokens]).saturating_mul(qkv(dims)),
@@ -97,12 +104,18 @@ pub fn prefill(dims: &DecoderDims, num_tokens: usize) -> u64 {
 #[must_use]
 pub fn decode(dims: &DecoderDims, num_tokens: usize, new_tokens: usize) -> u64 {
     let num_steps = new_tokens.saturating_sub(1);
-    let layer = qkv(dims).saturating_add(output_and_mlp(dims));
-    let step = times(layer, dims.num_layers).saturating_add(head(dims));
     // Step k sees num_tokens + k.
     let num_seen =
         product(&[num_steps, num_tokens]).saturating_add(product(&[num_steps, num_steps.saturating_add(1)]) / 2);
-    times(step, num_steps).saturating_add(times(num_seen.saturating_mul(attention(dims)), dims.num_layers))
+    decode_steps(dims, num_steps as u64, num_seen)
+}
+
+/// `num_steps` decode steps of single captions that see `num_seen` tokens in all, each its own among them.
+#[must_use]
+pub fn decode_steps(dims: &DecoderDims, num_steps: u64, num_seen: u64) -> u64 {
+    let layer = qkv(dims).saturating_add(output_and_mlp(dims));
+    let step = times(layer, dims.num_layers).saturating_add(head(dims));
+    step.saturating_mul(num_steps).saturating_add(times(num_seen.saturating_mul(attention(dims)), dims.num_layers))
 }
 
 /// Query, key and value of one token in one layer.
@@ -244,6 +257,16 @@ mod tests {
         let dims = llama_3_8b();
         let steps = prefill(&dims, 1) + decode(&dims, 1, 10);
         assert_eq!(steps, prefill(&dims, 10) + 9 * (385_875_968 + 1_050_673_152));
+    }
+
+    /// Tokens that were read before cost what prefill of them alone costs, but for their last layer's MLP and their head, which
+    /// prefill of all computes for the last token only.
+    #[test]
+    fn prefill_behind_cached_tokens_is_the_rest_of_prefill() {
+        let dims = llama_3_8b();
+        let parts = prefill(&dims, 6) + prefill_behind(&dims, 6, 4);
+        assert_eq!(parts, prefill(&dims, 10) + 385_875_968 + 1_050_673_152);
+        assert_eq!(prefill_behind(&dims, 6, 0), 0);
     }
 
     #[test]

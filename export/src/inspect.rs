@@ -2,7 +2,7 @@
 //! manifest and the target. Takes files that anybody may have written: whatever is in them, the answer is an error or a
 //! summary, and memory is bounded by [`MAX_GRAPH_BYTES`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use prost::Message;
@@ -30,6 +30,8 @@ pub struct GraphContents {
     pub ops: BTreeMap<String, usize>,
     /// Bytes of the initialisers by element type: weights, their scales, tables and constants.
     pub weight_bytes: BTreeMap<&'static str, u64>,
+    /// Bytes of the initialisers that a run reads whole: all but tables of which it looks up single rows.
+    pub read_bytes: u64,
     /// Bytes of the `.onnx` file.
     pub onnx_bytes: u64,
     /// Bytes of the `.onnx.data` file, 0 without one.
@@ -54,7 +56,8 @@ impl GraphContents {
 
         let data = manifest.file(&format!("{}.data", graph.file));
         let data_bytes = data.map_or(0, |file| file.size);
-        let weight_bytes = weight_bytes(proto, data.map(|file| (file.path.as_str(), file.size))).map_err(invalid)?;
+        let (weight_bytes, read_bytes) =
+            weight_bytes(proto, data.map(|file| (file.path.as_str(), file.size))).map_err(invalid)?;
         let opset = |domain: Option<&str>| match domain {
             None | Some("") => "ai.onnx".to_owned(),
             Some(domain) => domain.to_owned(),
@@ -70,6 +73,7 @@ impl GraphContents {
             num_nodes: proto.node.len(),
             ops: lint::count_ops(&proto.node),
             weight_bytes,
+            read_bytes,
             onnx_bytes,
             data_bytes,
         })
@@ -135,17 +139,23 @@ fn shape(info: &ValueInfoProto) -> Option<Vec<Dim>> {
     shape.dim.iter().map(|proto| proto.value.as_ref().and_then(dim)).collect()
 }
 
-/// Sums the initialisers by type; `data` is the name and size of the file that the large ones are in.
-fn weight_bytes(graph: &GraphProto, data: Option<(&str, u64)>) -> Result<BTreeMap<&'static str, u64>, String> {
-    let mut sums = BTreeMap::new();
+/// Sums the initialisers by type, and those of them that are read whole; `data` is the name and size of the file that the large
+/// ones are in.
+fn weight_bytes(graph: &GraphProto, data: Option<(&str, u64)>) -> Result<(BTreeMap<&'static str, u64>, u64), String> {
+    let readers = graph.node.iter().filter(|node| node.op_type.as_deref() != Some("Gather"));
+    let read: HashSet<&str> = readers.flat_map(|node| node.input.iter().map(String::as_str)).collect();
+    let (mut sums, mut read_bytes) = (BTreeMap::new(), 0_u64);
     for tensor in &graph.initializer {
         let name = tensor.name.as_deref().unwrap_or_default();
         let (data_type, size) =
             check_tensor(tensor, data).map_err(|reason| format!("initialiser {name:?}: {reason}"))?;
         let sum: &mut u64 = sums.entry(data_type.name()).or_default();
         *sum = sum.saturating_add(size);
+        if read.contains(name) {
+            read_bytes = read_bytes.saturating_add(size);
+        }
     }
-    Ok(sums)
+    Ok((sums, read_bytes))
 }
 
 /// An initialiser's type and size in bytes; it must have as many where it says its data is.

@@ -67,6 +67,9 @@ class Bench:
         ours = next((case for case in cases if case.peer == "recaption"), None)
         if ours:
             work["flops"] = self.place.flops(self.place.bundle(self.job.model, ours.kind), self.job)
+        own = [case for case in cases if case.peer == "recaption"]
+        bundles = {case.name: self.place.bundle(self.job.model, case.kind) for case in own}
+        work["step_bytes"] = {name: self.place.step_bytes(bundle) for name, bundle in bundles.items()}
         self.write("work", **work)
 
     def run(self, case: Case, kind: str, **fields: Any) -> Record | None:

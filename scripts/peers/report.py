@@ -1,4 +1,8 @@
-"""Makes the tables of a run from its JSON lines: medians, paired ratios, shares of the machine's limits."""
+"""Makes the tables of a run from its JSON lines: medians, paired ratios, shares of the machine's limits.
+
+Shares are those of docs/profiling.md, from outside: seconds of vision and prefill are what captions of one
+token take, those of decode the rest. Peers read the whole prompt for each image, so it counts as a whole.
+"""
 
 from __future__ import annotations
 
@@ -81,15 +85,17 @@ class Results:
         """Bytes of weights and cache that the decode steps read, of the memory's rate in that round."""
         rate = self.limits.get(run["round"], {}).get("read_gbs")
         decode_seconds = run["seconds"] - run.get("one_token_seconds", run["seconds"])
-        if not rate or decode_seconds <= 0 or case.weights not in WEIGHT_BYTES:
+        known = self.work.get("step_bytes", {}).get(case.name, {})
+        if not rate or decode_seconds <= 0 or not (known or case.weights in WEIGHT_BYTES):
             return None
         text, num_steps = self.spec.text, run["new_tokens"] - 1
         waves = -(-run["images"] // case.in_flight) * (case.in_flight // case.per_engine)
-        weight_bytes = waves * num_steps * text.num_step_weights * WEIGHT_BYTES[case.weights]
-        kv_bytes = self.work.get("kv_bytes", {}).get(case.name)
-        kv_bytes = kv_bytes or 2 * text.num_layers * text.kv_width * KV_BYTES.get(case.kind, 1)
-        length = self.work["prompt_tokens"] + run["new_tokens"] / 2
-        return (weight_bytes + run["images"] * num_steps * kv_bytes * length) / decode_seconds / (rate * 1e9)
+        step_bytes = known.get("weights") or text.num_step_weights * WEIGHT_BYTES[case.weights]
+        kv_bytes = known.get("kv") or 2 * text.num_layers * text.kv_width * KV_BYTES.get(case.kind, 1)
+        # Step k sees the prompt and k tokens, its own among them.
+        num_seen = num_steps * self.work["prompt_tokens"] + num_steps * (num_steps + 1) / 2
+        read = waves * num_steps * step_bytes + run["images"] * num_seen * kv_bytes
+        return read / decode_seconds / (rate * 1e9)
 
     def peak(self, case: Case, number: int) -> float | None:
         kind = case.kind if case.kind in ("fp32", "bf16") else "int8"

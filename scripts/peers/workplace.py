@@ -166,6 +166,13 @@ class Workplace:
         )
         return {stage: float(counts[stage]) for stage in ("vision", "projector", "prefill", "decode")}
 
+    def step_bytes(self, bundle: Path) -> dict[str, float]:
+        """Bytes that a decode step reads: of weights, and of the KV cache for each token that it sees."""
+        report = json.loads(self.run("inspect", [self.recaption, "inspect", bundle, "--json"]))
+        decoder = next(graph for graph in report["graphs"] if graph["name"] == "decoder")
+        cache = report["kv_cache"]
+        return {"weights": decoder["read_bytes"], "kv": cache["bytes_per_token"] / cache["num_copies"]}
+
     def prepare(self, case: Case, job: Job) -> None:
         """Makes what `case` needs."""
         if case.peer == "recaption":

@@ -76,6 +76,12 @@ impl CacheShape {
         factors.into_iter().fold(1, usize::saturating_mul)
     }
 
+    /// Bytes that the keys and values of one token take, in one copy.
+    pub(crate) fn bytes_per_token(self) -> usize {
+        let factors = [2, self.num_layers, self.num_kv_heads, self.head_dim, self.dtype.size()];
+        factors.into_iter().fold(1, usize::saturating_mul)
+    }
+
     /// How often the whole cache is there.
     pub(crate) fn num_copies(self) -> usize {
         if self.is_in_place { 1 } else { 2 }

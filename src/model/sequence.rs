@@ -1,7 +1,10 @@
 //! One caption in the making: its ids so far, and when it ends.
 
+use serde::{Deserialize, Serialize};
+
 /// Why a caption ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum FinishReason {
     /// A stop token came.
     Stop,
@@ -44,11 +47,20 @@ pub struct Sequence<T> {
     pub finish_reason: Option<FinishReason>,
     /// A logit was NaN or infinite: the caption is worthless.
     pub is_non_finite: bool,
+    /// When the first new token came, where that is recorded.
+    pub(crate) first_token_ns: u64,
 }
 
 impl<T> Sequence<T> {
     pub(crate) fn new(subject: T, prompt_length: usize) -> Self {
-        Self { subject, cached_length: prompt_length, token_ids: Vec::new(), finish_reason: None, is_non_finite: false }
+        Self {
+            subject,
+            cached_length: prompt_length,
+            token_ids: Vec::new(),
+            finish_reason: None,
+            is_non_finite: false,
+            first_token_ns: 0,
+        }
     }
 
     /// Takes the next id from the decoder; -1 says that its logits were not finite.

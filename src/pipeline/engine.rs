@@ -15,8 +15,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use crossbeam::select;
 
+use crate::console::print_warning;
 use crate::error::{Error, Result};
-use crate::model::sequence::{Sequence, StopRule};
+use crate::live;
+use crate::model::sequence::{FinishReason, Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
 pub(crate) use crate::pipeline::engine::failing::Failing;
 pub use crate::pipeline::engine::failing::Injection;
@@ -24,9 +26,10 @@ pub(crate) use crate::pipeline::engine::returns::Returns;
 use crate::pipeline::generate::{Generator, GeneratorOptions};
 use crate::pipeline::panic_message;
 use crate::pipeline::preprocess::{PixelValues, PreprocessedImage};
-use crate::pipeline::progress::{Progress, print_line};
+use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Generated, Message, Row};
 use crate::pipeline::vision::{VisionEncoder, VisionOptions, decoder_device};
+use crate::profile::recorder;
 use crate::runtime::session::SessionOptions;
 use crate::runtime::stream::Stream;
 use crate::runtime::{CopyCounts, Device};
@@ -58,6 +61,10 @@ pub struct EngineOptions {
     pub engine_cache: Option<PathBuf>,
     /// Say on standard error when one is being built.
     pub shows_builds: bool,
+    /// Time the stages on the device's own clock, where it has one.
+    pub times_device: bool,
+    /// Where ONNX Runtime writes its own profiles: the beginning of their paths.
+    pub ort_profile: Option<PathBuf>,
 }
 
 impl EngineOptions {
@@ -76,6 +83,8 @@ impl EngineOptions {
             memory_limit: None,
             engine_cache: None,
             shows_builds: false,
+            times_device: false,
+            ort_profile: None,
         }
     }
 }
@@ -107,6 +116,7 @@ impl<T> Engine<T> {
             captures_graphs: options.captures_graphs && is_one_device && !matches!(device, Device::TensorRt(_)),
             engine_cache: options.engine_cache.clone(),
             shows_builds: options.shows_builds,
+            profile: options.ort_profile.clone(),
             device,
             dims: Default::default(),
         };
@@ -117,6 +127,7 @@ impl<T> Engine<T> {
             decoder,
             max_batch: vision_batch,
             has_fixed_shapes,
+            times_device: options.times_device,
         };
         let generator_options = GeneratorOptions {
             num_slots: options.num_slots,
@@ -124,6 +135,7 @@ impl<T> Engine<T> {
             stop_rule: options.stop_rule.clone(),
             // A decoder that stays on the CPU wants no padding.
             has_fixed_shapes: has_fixed_shapes && is_one_device,
+            times_device: options.times_device,
         };
         let vision = VisionEncoder::open(bundle, vision_options)?;
         let generator = Generator::open(bundle, &session(decoder, decoder_stream, true), prompt, generator_options)?;
@@ -226,7 +238,9 @@ impl Captioner for ImageCaptioner {
             self.starting.iter_mut().for_each(|image| image.pixel_values.give_back());
         }
         let images = &mut self.starting;
-        self.engine.generator.prefill(images, &features).map_err(failed(Stage::Prefill))
+        self.engine.generator.prefill(images, &features).map_err(failed(Stage::Prefill))?;
+        // Prefill has waited for all that went before it.
+        self.engine.vision.record_device_time().map_err(failed(Stage::Vision))
     }
 
     fn decode(&mut self) -> Result<()> {
@@ -292,7 +306,8 @@ pub(crate) fn run(
     };
     let images = captioner.abandon();
     let failure = format!("{} failed: {reason}", channels.name);
-    print_line(&format!("warning: {failure}; the other engines go on with its {} images in flight", images.len()));
+    print_warning(&format!("{failure}; the other engines go on with its {} images in flight", images.len()));
+    live::lose_engine();
     channels.failures.lock().expect("bug: no engine panics with the lock held").push(failure);
     for mut image in images {
         image.num_failures += 1;
@@ -301,7 +316,7 @@ pub(crate) fn run(
         } else {
             let reason = format!("{MAX_FAILURES} engines failed with it: {reason}");
             // A closed channel means that the write stage failed.
-            let _ = channels.rows.send(image.draft.fail(channels.stage.get(), reason).into());
+            let _ = recorder::send(&channels.rows, image.draft.fail(channels.stage.get(), reason).into());
         }
     }
     // The device may be gone: freeing what is on it can end the process.
@@ -352,30 +367,39 @@ fn next_batch(
         let must_wait = batch.is_empty() && captioner.num_active() == 0;
         match images.try_recv() {
             Ok(image) => batch.push(image),
-            Err(TryRecvError::Empty) if must_wait => select! {
-                recv(images) -> image => batch.extend(image),
-                recv(returns.receiver()) -> returned => batch.extend(returned.map(|returned| returns.accept(returned))),
-            },
+            Err(TryRecvError::Empty) if must_wait => batch.extend(recorder::waiting(|| {
+                select! {
+                    recv(images) -> image => image.ok(),
+                    recv(returns.receiver()) -> returned => returned.map(|returned| returns.accept(returned)).ok(),
+                }
+            })),
             Err(TryRecvError::Empty) => break,
             Err(TryRecvError::Disconnected) => {
-                batch.extend(if must_wait { returns.wait() } else { None });
+                batch.extend(if must_wait { recorder::waiting(|| returns.wait()) } else { None });
                 break;
             }
         }
     }
+    recorder::look_at(images);
+    batch.iter_mut().for_each(|image| image.draft.times.is_taken(Stage::Vision));
     batch
 }
 
 fn send_finished(captioner: &mut dyn Captioner, stage: Stage, channels: &EngineChannels<'_>) -> Result<()> {
     for sequence in captioner.take_finished()? {
         // A closed channel means that the write stage failed; the abort flag ends this stage.
-        let _ = channels.rows.send(row(sequence, stage).into());
+        let _ = recorder::send(&channels.rows, row(sequence, stage).into());
     }
     Ok(())
 }
 
 fn row(sequence: Sequence<PreprocessedImage>, stage: Stage) -> Row {
-    let Sequence { subject: PreprocessedImage { draft, .. }, token_ids, finish_reason, .. } = sequence;
+    let Sequence { subject: PreprocessedImage { mut draft, .. }, token_ids, finish_reason, first_token_ns, .. } =
+        sequence;
+    if let Some(reason) = finish_reason {
+        recorder::end_caption(draft.times, first_token_ns, token_ids.len() + usize::from(reason == FinishReason::Stop));
+    }
+    draft.times.is_queued();
     match finish_reason {
         Some(finish_reason) => Row { draft, outcome: Ok(Generated { token_ids, finish_reason }) },
         None => draft.fail(stage, format!("the logits of token {} are NaN or infinite", token_ids.len() + 1)),

@@ -14,10 +14,13 @@ use crate::model::batch_steps::BatchSteps;
 use crate::model::kv_cache::{CacheShape, CacheUse, KvCache};
 use crate::model::sequence::{Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
+use crate::profile::recorder::{self, Work};
 use crate::runtime::block::Block;
 use crate::runtime::buffer::{Buffer, TensorView};
 use crate::runtime::session::{Binding, Session, SessionOptions};
+use crate::runtime::stream::DeviceTimer;
 use crate::runtime::{CopyCounts, Device};
+use crate::stage::Stage;
 
 /// Limits of one generator.
 #[derive(Clone, Debug)]
@@ -28,6 +31,7 @@ pub(crate) struct GeneratorOptions {
     pub(crate) stop_rule: StopRule,
     /// Decode steps have few shapes, and say the longest length there can be: what a captured graph must have.
     pub(crate) has_fixed_shapes: bool,
+    pub(crate) times_device: bool,
 }
 
 /// The decoder of one engine, with the captions in flight; `T` is what a caption is about.
@@ -48,6 +52,7 @@ pub(crate) struct Generator<T> {
     active: Vec<Sequence<T>>,
     /// Tokens of the prompt that the slot behind the others holds: the text before the image, read once for all captions.
     shared_length: usize,
+    timer: Option<DeviceTimer>,
 }
 
 /// The decoder's graph: once, or on TensorRT twice, since an engine is built for one range of shapes.
@@ -210,7 +215,7 @@ impl<T> Generator<T> {
         let dims = manifest.decoder.clone();
         let prompt = PromptPositions::new(prompt, manifest.vision.num_image_tokens);
         let max_length = prompt.len() + options.stop_rule.max_new_tokens;
-        let GeneratorOptions { num_slots, max_prefill_batch, stop_rule, has_fixed_shapes } = options;
+        let GeneratorOptions { num_slots, max_prefill_batch, stop_rule, has_fixed_shapes, times_device } = options;
         let num_image_tokens = manifest.vision.num_image_tokens;
         let sizes = DecoderSizes { num_slots, max_prefill_batch, prompt: prompt.len(), max_length, num_image_tokens };
         let decoder = Decoder::open(bundle, session, sizes)?;
@@ -227,6 +232,7 @@ impl<T> Generator<T> {
             no_features: decoder.decode().device_buffer(manifest.header.activations, dims.hidden_size)?,
             prefill: StepBuffers::new(&decoder.prefill, (max_prefill_batch, num_read), of_prefill)?,
             decode: StepBuffers::new(decoder.decode(), (num_slots, 1), of_decode)?,
+            timer: if times_device { decoder.decode().stream().timer()? } else { None },
             decoder,
             dims,
             prompt,
@@ -294,14 +300,26 @@ impl<T> Generator<T> {
     /// Starts a caption for each of `subjects`, whose features are in `image_features` one after the other, and takes
     /// its first token. They are taken out only when that worked.
     pub(crate) fn prefill(&mut self, subjects: &mut Vec<T>, image_features: &TensorView) -> Result<()> {
+        let begun = recorder::begin();
         let batch = self.run_prefill(subjects.len(), image_features, None)?;
         let length = self.prompt.len();
+        recorder::add_device_time(Stage::Prefill, &mut self.timer)?;
+        let first_token_ns = recorder::now();
         let next_ids = &self.prefill.next_ids.tensor::<i64>(0)[..batch];
         for (subject, &next_id) in subjects.drain(..).zip(next_ids) {
             let mut sequence = Sequence::new(subject, length);
+            sequence.first_token_ns = first_token_ns;
             sequence.push(next_id, &self.stop_rule);
             self.active.push(sequence);
         }
+        let num_tokens = batch * (length - self.shared_length);
+        let work = Work {
+            num_images: batch as u32,
+            num_tokens: num_tokens as u32,
+            padded_batch: batch as u32,
+            context_tokens: 0,
+        };
+        begun.end(Stage::Prefill, work);
         Ok(())
     }
 
@@ -344,14 +362,17 @@ impl<T> Generator<T> {
         if let Some(logits) = logits {
             binding.bind_output("logits", logits)?;
         }
+        self.timer.as_mut().map(DeviceTimer::begin).transpose()?;
         self.prefill.inputs.send(session)?;
         session.run(&binding)?;
+        self.timer.as_mut().map(DeviceTimer::end).transpose()?;
         self.prefill.next_ids.receive_first(session, batch)?;
         Ok(batch)
     }
 
     /// Moves every active caption one token on. Call [`Self::take_finished`] before: an ended caption has no next token.
     pub(crate) fn decode(&mut self) -> Result<()> {
+        let begun = recorder::begin();
         let num_active = self.active.len();
         let ids = self.decode.inputs.tensor_mut::<i64>(INPUT_IDS);
         for (id, sequence) in ids.iter_mut().zip(&self.active) {
@@ -362,14 +383,26 @@ impl<T> Generator<T> {
         let lengths = self.active.iter().map(|sequence| sequence.cached_length + 1);
         let parked = std::iter::repeat_n(1, batch - num_active);
         self.decode.set_lengths(lengths.chain(parked));
+        self.timer.as_mut().map(DeviceTimer::begin).transpose()?;
         self.run_decode(batch)?;
+        self.timer.as_mut().map(DeviceTimer::end).transpose()?;
         self.cache.advance();
         let session = self.decoder.decode();
         self.decode.next_ids.receive_first(session, num_active)?;
+        recorder::add_device_time(Stage::Decode, &mut self.timer)?;
+        let mut context_tokens = 0;
         for (sequence, &next_id) in self.active.iter_mut().zip(self.decode.next_ids.tensor::<i64>(0)) {
             sequence.cached_length += 1;
+            context_tokens += sequence.cached_length as u64;
             sequence.push(next_id, &self.stop_rule);
         }
+        let work = Work {
+            num_images: num_active as u32,
+            num_tokens: num_active as u32,
+            padded_batch: batch as u32,
+            context_tokens,
+        };
+        begun.end(Stage::Decode, work);
         Ok(())
     }
 

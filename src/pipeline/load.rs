@@ -26,6 +26,7 @@ use crate::pipeline::pool::SamplePool;
 use crate::pipeline::preprocess::max_reduction;
 use crate::pipeline::row::{Message, RowDraft};
 use crate::pipeline::source::ImageRecord;
+use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
 pub use probe::Format;
@@ -44,17 +45,22 @@ pub(crate) fn run(
     mut loader: Loader,
     pool: &SamplePool,
 ) {
-    for ImageRecord { mut draft, bytes } in records {
+    while let Some(ImageRecord { mut draft, bytes }) = recorder::receive(records) {
         Stage::Load.enter();
+        draft.times.is_taken(Stage::Load);
+        let begun = recorder::begin();
         draft.image_sha256 = Some(hex(&Sha256::digest(&bytes)));
-        let is_sent = match loader.load(&bytes, pool.take()) {
+        let image = loader.load(&bytes, pool.take());
+        begun.end(Stage::Load, Work::IMAGE);
+        draft.times.is_queued();
+        let is_sent = match image {
             Ok(image) => {
                 draft.dimensions = Some((image.stored_width, image.stored_height));
-                loaded.send(LoadedImage { draft, image }).is_ok()
+                recorder::send(loaded, LoadedImage { draft, image }).is_ok()
             }
             Err(reason) => {
                 draft.dimensions = stored_dimensions(&bytes);
-                rows.send(draft.fail(Stage::Load, reason).into()).is_ok()
+                recorder::send(rows, draft.fail(Stage::Load, reason).into()).is_ok()
             }
         };
         // A closed channel means that the run is failing elsewhere.
@@ -234,6 +240,17 @@ impl Loader {
             Err(LoadError::DecoderPanicked { format, message })
         })
     }
+}
+
+/// Extension of the file's format, told by content: `jpg`, `png`, `webp`, `gif` or `bmp`.
+pub(crate) fn extension(bytes: &[u8]) -> Option<&'static str> {
+    Some(match probe::sniff(bytes)? {
+        Format::Jpeg => "jpg",
+        Format::Png => "png",
+        Format::WebP => "webp",
+        Format::Gif => "gif",
+        Format::Bmp => "bmp",
+    })
 }
 
 /// Reads (width, height) as stored, from the header alone: also for files that do not decode.

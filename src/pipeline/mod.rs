@@ -17,13 +17,12 @@ pub(crate) mod pool;
 pub mod preprocess;
 pub(crate) mod progress;
 pub mod row;
-pub(crate) mod source;
+pub mod source;
 pub(crate) mod vision;
 pub mod write;
 
 use std::any::Any;
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,8 +42,11 @@ use crate::pipeline::load::{LoadLimits, Loader};
 use crate::pipeline::pool::{BufferPool, SamplePool};
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
-use crate::pipeline::source::{SourceChannels, SourceOptions, SourceReport};
-use crate::pipeline::write::{Counts, FinishedShard, Sink, WriteOptions};
+use crate::pipeline::source::{Part, SourceChannels, SourceOptions, SourceReport};
+use crate::pipeline::write::failures::MaxFailures;
+use crate::pipeline::write::output::Output;
+use crate::pipeline::write::{Counts, Sink, WriteOptions, WriteReport};
+use crate::profile::recorder::Recorder;
 use crate::stage::Stage;
 
 /// Encoded images that wait for a load thread: enough to hide a slow read, little enough to be nothing.
@@ -53,6 +55,8 @@ const MAX_QUEUED_RECORDS: usize = 64;
 const MAX_QUEUED_LOADED_PER_THREAD: usize = 1;
 /// Rows that wait for the write stage.
 const MAX_QUEUED_ROWS: usize = 1024;
+/// The same where they carry their images.
+const MAX_QUEUED_ROWS_WITH_IMAGES: usize = 32;
 
 /// A run, ready to start: everything in it is validated.
 pub struct RunOptions {
@@ -72,6 +76,8 @@ pub struct RunOptions {
     pub load_limits: LoadLimits,
     /// Largest image file that is read.
     pub max_image_bytes: u64,
+    /// The column of Parquet inputs that holds the images, where it cannot be told by itself.
+    pub image_column: Option<String>,
     /// Most images to caption.
     pub limit: Option<usize>,
     /// Whether rows carry their token ids.
@@ -80,8 +86,14 @@ pub struct RunOptions {
     pub quiet: bool,
     /// An engine that is to fail, for tests.
     pub injection: Option<Injection>,
+    /// When the run is given up.
+    pub max_failures: Option<MaxFailures>,
+    /// The share of the shards to do.
+    pub part: Option<Part>,
     /// Raised by the user: finish what is in flight, then end.
     pub interrupt: Arc<AtomicBool>,
+    /// Where the stages' times go, if anywhere.
+    pub recorder: Option<Arc<Recorder>>,
 }
 
 /// What a run did: `summary.json`.
@@ -108,9 +120,12 @@ pub struct Summary {
     /// The user ended the run before its input was read to the end.
     #[serde(skip)]
     pub is_interrupted: bool,
-    /// Captions made that were not written, since the interruption left their shard unfinished.
+    /// Finished rows of shards that are not whole: they are in the journal, and the next run goes on after them.
     #[serde(skip)]
-    pub num_discarded: u64,
+    pub num_journaled: u64,
+    /// Shards that other processes have in work.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub busy_shards: Vec<String>,
 }
 
 /// A run whose model is loaded.
@@ -130,7 +145,8 @@ pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
     let tokenizer = Tokenizer::open(&options.bundle.tokenizer_path())?;
     let keeps_pixels = options.engines.len() > 1;
     let open = |(i, engine): (usize, &EngineOptions)| -> Result<Box<dyn Captioner>> {
-        let engine = Engine::open(&options.bundle, &options.prompt, engine)?;
+        let engine = EngineOptions { times_device: options.recorder.is_some(), ..engine.clone() };
+        let engine = Engine::open(&options.bundle, &options.prompt, &engine)?;
         let captioner = Box::new(ImageCaptioner::new(engine, keeps_pixels));
         let injection = options.injection.filter(|injection| injection.engine == i);
         Ok(match injection {
@@ -151,23 +167,34 @@ impl LoadedRun {
     pub fn run(self) -> Result<Summary> {
         let Self { options, engines, tokenizer, load_seconds } = self;
         let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
-        let finished = write::finished_shards(&options.sink, prompt_tokens)?;
+        let output = match &options.sink {
+            Sink::Folder(folder) => Some(Output::open(folder.clone(), prompt_tokens, options.with_token_ids)?),
+            Sink::StandardOutput => None,
+        };
+        let earlier = output.as_ref().map(Output::count).transpose()?.unwrap_or_default();
         let progress = Arc::new(Progress::new());
-        let stages = run_stages(&options, engines, tokenizer, &finished, &progress)?;
-        let StagesReport { source: report, committed, num_discarded, failed_engines } = stages;
+        let stages = run_stages(&options, engines, tokenizer, (output.as_ref(), earlier.rows), &progress)?;
+        let StagesReport { source: report, written, failed_engines } = stages;
         let run_seconds = progress.elapsed().as_secs_f64();
-        let mut counts = committed;
-        finished.values().for_each(|shard| counts.add(shard.counts));
+        let counts = match &output {
+            Some(output) => {
+                output.tidy();
+                output.count()?
+            }
+            None => written.done.clone().with_prompt_tokens(prompt_tokens),
+        };
+        let num_earlier_rows = output.as_ref().map_or(0, |_| counts.rows.saturating_sub(written.num_committed));
         Ok(Summary {
             counts,
             load_seconds,
             run_seconds,
-            images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
-            num_earlier_rows: finished.values().map(|shard| shard.counts.rows).sum(),
+            images_per_second: written.done.rows as f64 / run_seconds.max(1e-9),
+            num_earlier_rows,
             damaged_inputs: report.damaged.iter().map(describe_damage).collect(),
             failed_engines,
             is_interrupted: report.is_cut_short,
-            num_discarded,
+            num_journaled: written.num_journaled,
+            busy_shards: report.busy,
         })
     }
 }
@@ -183,8 +210,7 @@ fn describe_damage(error: &Error) -> String {
 /// What the stages leave when all of them have ended well.
 struct StagesReport {
     source: SourceReport,
-    committed: Counts,
-    num_discarded: u64,
+    written: WriteReport,
     failed_engines: Vec<String>,
 }
 
@@ -192,7 +218,7 @@ fn run_stages(
     options: &RunOptions,
     engines: Vec<Box<dyn Captioner>>,
     tokenizer: Tokenizer,
-    finished: &HashMap<String, FinishedShard>,
+    (output, num_earlier_rows): (Option<&Output>, u64),
     progress: &Arc<Progress>,
 ) -> Result<StagesReport> {
     let preprocessing = &options.bundle.manifest.header.preprocessing;
@@ -201,27 +227,38 @@ fn run_stages(
     let (records_in, records_out) = bounded(MAX_QUEUED_RECORDS);
     let (loaded_in, loaded_out) = bounded(MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
     let (preprocessed_in, preprocessed_out) = bounded(max_preprocessed);
-    let (rows_in, rows_out) = bounded(MAX_QUEUED_ROWS);
+    let has_images = output.is_some_and(|output| output.options.format.has_images());
+    let max_rows = if has_images { MAX_QUEUED_ROWS_WITH_IMAGES } else { MAX_QUEUED_ROWS };
+    let (rows_in, rows_out) = bounded(max_rows);
     let pool = BufferPool::new(max_preprocessed + options.num_load_threads, pixel_format);
     // One is being filled, some wait, one is being read.
     let samples = SamplePool::new((2 + MAX_QUEUED_LOADED_PER_THREAD) * options.num_load_threads);
     let source_options = SourceOptions {
         inputs: options.inputs.clone(),
-        finished: finished.clone(),
+        output,
+        part: options.part,
         limit: options.limit,
         max_image_bytes: options.max_image_bytes,
+        image_column: options.image_column.clone(),
     };
     let write_options = WriteOptions {
-        sink: options.sink.clone(),
+        output,
         tokenizer,
         with_token_ids: options.with_token_ids,
         prompt_tokens: options.prompt.len(options.bundle.manifest.vision.num_image_tokens),
+        max_failures: options.max_failures,
     };
+    let recorder = options.recorder.as_ref();
+    if let Some(recorder) = recorder {
+        recorder.queue(Stage::Load, MAX_QUEUED_RECORDS);
+        recorder.queue(Stage::Preprocess, MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
+        recorder.queue(Stage::Vision, max_preprocessed);
+        recorder.queue(Stage::Write, max_rows);
+    }
     let supervisor = Supervisor::default();
     let failures = Mutex::new(Vec::new());
     if !options.quiet {
-        let num_finished = finished.values().map(|shard| shard.counts.rows).sum();
-        count_in_background(options, num_finished, Arc::clone(progress));
+        count_in_background(options, num_earlier_rows, Arc::clone(progress));
     }
 
     let result = thread::scope(|scope| -> Result<_> {
@@ -229,10 +266,10 @@ fn run_stages(
         // Also when this returns early: the stages that run already must end, and the progress line with them.
         let _guard = EndGuard { supervisor, progress };
         if !options.quiet {
-            spawn(scope, "progress".to_owned(), || progress.report())?;
+            spawn(scope, None, "progress".to_owned(), || progress.report())?;
         }
         let rows = rows_in.clone();
-        let source = spawn(scope, Stage::Source.name().to_owned(), move || {
+        let source = spawn(scope, recorder, Stage::Source.name().to_owned(), move || {
             supervisor.watch(Stage::Source, || {
                 let stop = [&supervisor.abort, &*options.interrupt];
                 source::run(source_options, SourceChannels { records: records_in, rows, stop })
@@ -242,7 +279,7 @@ fn run_stages(
             let (records, loaded, rows) = (records_out.clone(), loaded_in.clone(), rows_in.clone());
             let (loader, memory) =
                 (Loader::new(options.load_limits.clone(), Some(preprocessing.clone())), samples.clone());
-            spawn(scope, format!("{}-{i}", Stage::Load), move || {
+            spawn(scope, recorder, format!("{}-{i}", Stage::Load), move || {
                 supervisor.watch(Stage::Load, || {
                     load::run(&records, &loaded, &rows, loader, &memory);
                     Ok(())
@@ -251,7 +288,7 @@ fn run_stages(
             let (loaded, preprocessed, rows) = (loaded_out.clone(), preprocessed_in.clone(), rows_in.clone());
             let (preprocessor, pool, memory) =
                 (Preprocessor::new(preprocessing.clone()), pool.clone(), samples.clone());
-            spawn(scope, format!("{}-{i}", Stage::Preprocess), move || {
+            spawn(scope, recorder, format!("{}-{i}", Stage::Preprocess), move || {
                 supervisor.watch(Stage::Preprocess, || {
                     preprocess::run(&loaded, &preprocessed, &rows, preprocessor, (&pool, &memory));
                     Ok(())
@@ -263,7 +300,7 @@ fn run_stages(
         for (i, (engine, returns)) in engines.into_iter().zip(returns).enumerate() {
             let (images, rows) = (preprocessed_out.clone(), rows_in.clone());
             let name = format!("engine {i} on {}", options.engines[i].device);
-            spawn(scope, format!("engine-{i}"), move || {
+            spawn(scope, recorder, format!("engine-{i}"), move || {
                 let stage = Cell::new(Stage::Vision);
                 let abort = &supervisor.abort;
                 let channels = EngineChannels { name, images, rows, abort, progress, stage: &stage, failures };
@@ -272,7 +309,7 @@ fn run_stages(
         }
         // The stages hold the only ends from here on, so that each closes its output by ending.
         drop((records_out, loaded_in, loaded_out, preprocessed_in, preprocessed_out, rows_in));
-        let writer = spawn(scope, Stage::Write.name().to_owned(), move || {
+        let writer = spawn(scope, recorder, Stage::Write.name().to_owned(), move || {
             supervisor.watch(Stage::Write, || write::run(&write_options, &rows_out, progress))
         })?;
         let written = writer.join().ok().flatten();
@@ -281,9 +318,9 @@ fn run_stages(
     if let Some(failure) = supervisor.failure.into_inner().expect("bug: no stage panics with the lock held") {
         return Err(failure);
     }
-    let (source, (committed, num_discarded)) = result.expect("bug: a stage ended without a result or a failure");
+    let (source, written) = result.expect("bug: a stage ended without a result or a failure");
     let failed_engines = failures.into_inner().expect("bug: no engine panics with the lock held");
-    Ok(StagesReport { source, committed, num_discarded, failed_engines })
+    Ok(StagesReport { source, written, failed_engines })
 }
 
 /// Ends what goes on beside the stages when the scope is left, however it is left.
@@ -311,13 +348,20 @@ fn count_in_background(options: &RunOptions, num_finished: u64, progress: Arc<Pr
     let _ = thread::Builder::new().name("count".to_owned()).spawn(count);
 }
 
+/// Starts a thread; what it records, it records under its name.
 fn spawn<'scope, T: Send + 'scope>(
     scope: &'scope thread::Scope<'scope, '_>,
+    recorder: Option<&'scope Arc<Recorder>>,
     name: String,
     body: impl FnOnce() -> T + Send + 'scope,
 ) -> Result<thread::ScopedJoinHandle<'scope, T>> {
     let failed = Error::io("start thread", std::path::Path::new(&name));
-    thread::Builder::new().name(name.clone()).spawn_scoped(scope, body).map_err(failed)
+    let (thread, track) = (name.clone(), name.clone());
+    let recorded = move || {
+        let _track = recorder.map(|recorder| recorder.enter(&track));
+        body()
+    };
+    thread::Builder::new().name(thread).spawn_scoped(scope, recorded).map_err(failed)
 }
 
 /// Keeps the first failure of any stage and tells the others to stop.

@@ -18,6 +18,7 @@ use crate::pipeline::load::{LoadedImage, RgbImage};
 use crate::pipeline::pool::{BufferPool, PooledBuffer, SamplePool};
 use crate::pipeline::preprocess::axis::AxisPlan;
 use crate::pipeline::row::{Message, RowDraft};
+use crate::profile::recorder::{self, Work};
 use crate::runtime::block::Block;
 use crate::stage::Stage;
 
@@ -124,14 +125,18 @@ pub(crate) fn run(
     mut preprocessor: Preprocessor,
     (pool, samples): (&BufferPool, &SamplePool),
 ) {
-    for LoadedImage { draft, image } in loaded {
+    while let Some(LoadedImage { mut draft, image }) = recorder::receive(loaded) {
         Stage::Preprocess.enter();
+        draft.times.is_taken(Stage::Preprocess);
+        let begun = recorder::begin();
         let mut pixel_values = pool.take();
-        let done = preprocessor.preprocess(&image, pool.format(), pixel_values.values_mut());
+        let outcome = preprocessor.preprocess(&image, pool.format(), pixel_values.values_mut());
         samples.give_back(image.pixels);
-        let is_sent = match done {
-            Ok(()) => preprocessed.send(PreprocessedImage { draft, pixel_values, num_failures: 0 }).is_ok(),
-            Err(reason) => rows.send(draft.fail(Stage::Preprocess, reason).into()).is_ok(),
+        begun.end(Stage::Preprocess, Work::IMAGE);
+        draft.times.is_queued();
+        let is_sent = match outcome {
+            Ok(()) => recorder::send(preprocessed, PreprocessedImage { draft, pixel_values, num_failures: 0 }).is_ok(),
+            Err(reason) => recorder::send(rows, draft.fail(Stage::Preprocess, reason).into()).is_ok(),
         };
         // A closed channel means that the run is failing elsewhere.
         if !is_sent {

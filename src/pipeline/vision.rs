@@ -11,10 +11,13 @@ use crate::error::{Error, Result};
 use crate::model::Bundle;
 use crate::model::batch_steps::BatchSteps;
 use crate::pipeline::preprocess::{PixelFormat, PixelValues};
+use crate::profile::recorder::{self, Work};
 use crate::runtime::block::Block;
 use crate::runtime::buffer::{Buffer, TensorView};
 use crate::runtime::provider::Device;
 use crate::runtime::session::{Binding, Session, SessionOptions};
+use crate::runtime::stream::DeviceTimer;
+use crate::stage::Stage;
 
 /// Vision tower and projector of one engine.
 pub(crate) struct VisionEncoder {
@@ -25,6 +28,7 @@ pub(crate) struct VisionEncoder {
     bindings: HashMap<usize, (Binding, Binding)>,
     batch_steps: BatchSteps,
     max_batch: usize,
+    timer: Option<DeviceTimer>,
 }
 
 struct Buffers {
@@ -50,12 +54,13 @@ pub(crate) struct VisionOptions {
     pub(crate) max_batch: usize,
     /// Batches are padded to a few sizes.
     pub(crate) has_fixed_shapes: bool,
+    pub(crate) times_device: bool,
 }
 
 impl VisionEncoder {
     /// Loads both graphs.
     pub(crate) fn open(bundle: &Bundle, options: VisionOptions) -> Result<Self> {
-        let VisionOptions { session, decoder, max_batch, has_fixed_shapes } = options;
+        let VisionOptions { session, decoder, max_batch, has_fixed_shapes, times_device } = options;
         let manifest = &bundle.manifest;
         let num_image_tokens = manifest.vision.num_image_tokens;
         let sizes = |max| DimRange { min: max / max_batch, opt: max, max };
@@ -86,7 +91,13 @@ impl VisionEncoder {
             hidden_size,
         };
         let batch_steps = if has_fixed_shapes { BatchSteps::doubling(max_batch) } else { BatchSteps::exact(max_batch) };
-        Ok(Self { tower, projector, buffers, bindings: HashMap::new(), batch_steps, max_batch })
+        let timer = if times_device { tower.stream().timer()? } else { None };
+        Ok(Self { tower, projector, buffers, bindings: HashMap::new(), batch_steps, max_batch, timer })
+    }
+
+    /// Records what the device took for the last batch, where it keeps the time. The host must have waited for it.
+    pub(crate) fn record_device_time(&mut self) -> Result<()> {
+        recorder::add_device_time(Stage::Vision, &mut self.timer)
     }
 
     /// Most images of one batch.
@@ -97,6 +108,7 @@ impl VisionEncoder {
     /// Encodes a batch; row `i * num_image_tokens + t` of the result is token `t` of image `i`. On a GPU the result is not
     /// there yet, but will be when the next run of the same stream begins.
     pub(crate) fn encode<'a>(&mut self, images: impl ExactSizeIterator<Item = &'a PixelValues>) -> Result<TensorView> {
+        let begun = recorder::begin();
         let num_images = images.len();
         let buffers = &mut self.buffers;
         for (i, image) in images.enumerate() {
@@ -108,17 +120,30 @@ impl VisionEncoder {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(buffers.bind(&self.tower, &self.projector, batch)?),
         };
+        self.timer.as_mut().map(DeviceTimer::begin).transpose()?;
         buffers.pixel_values.send_first(&self.tower, num_images * buffers.pixel_format.num_values())?;
         self.tower.run(tower)?;
         self.projector.run(projector)?;
-        let shape = [num_images * buffers.num_image_tokens, buffers.hidden_size];
-        let Some(host_features) = &mut buffers.host_features else {
-            return buffers.image_features.view(0, &shape);
+        self.timer.as_mut().map(DeviceTimer::end).transpose()?;
+        let num_tokens = num_images * buffers.num_image_tokens;
+        let shape = [num_tokens, buffers.hidden_size];
+        let features = match &mut buffers.host_features {
+            None => buffers.image_features.view(0, &shape)?,
+            Some(host_features) => {
+                let num_bytes = host_features.num_bytes() / self.max_batch * num_images;
+                self.projector.stream().download(&buffers.image_features, host_features, num_bytes)?;
+                self.projector.stream().synchronize()?;
+                host_features.view(0, &shape)?
+            }
         };
-        let num_bytes = host_features.num_bytes() / self.max_batch * num_images;
-        self.projector.stream().download(&buffers.image_features, host_features, num_bytes)?;
-        self.projector.stream().synchronize()?;
-        host_features.view(0, &shape)
+        let work = Work {
+            num_images: num_images as u32,
+            num_tokens: num_tokens as u32,
+            padded_batch: batch as u32,
+            context_tokens: 0,
+        };
+        begun.end(Stage::Vision, work);
+        Ok(features)
     }
 }
 

@@ -23,6 +23,7 @@ const ATTRIBUTE_CAPABILITY: [c_int; 2] = [75, 76];
 
 type Status = c_int;
 type StreamHandle = *mut c_void;
+type EventHandle = *mut c_void;
 
 /// Functions of the loaded library.
 struct CudaRuntime {
@@ -37,6 +38,10 @@ struct CudaRuntime {
     get_device_count: unsafe extern "C" fn(*mut c_int) -> Status,
     mem_get_info: unsafe extern "C" fn(*mut usize, *mut usize) -> Status,
     device_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> Status,
+    event_create: unsafe extern "C" fn(*mut EventHandle, c_uint) -> Status,
+    event_destroy: unsafe extern "C" fn(EventHandle) -> Status,
+    event_record: unsafe extern "C" fn(EventHandle, StreamHandle) -> Status,
+    event_elapsed_time: unsafe extern "C" fn(*mut f32, EventHandle, EventHandle) -> Status,
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
     _library: Library,
 }
@@ -62,6 +67,10 @@ impl CudaRuntime {
                 get_device_count: *library.get(b"cudaGetDeviceCount")?,
                 mem_get_info: *library.get(b"cudaMemGetInfo")?,
                 device_attribute: *library.get(b"cudaDeviceGetAttribute")?,
+                event_create: *library.get(b"cudaEventCreateWithFlags")?,
+                event_destroy: *library.get(b"cudaEventDestroy")?,
+                event_record: *library.get(b"cudaEventRecord")?,
+                event_elapsed_time: *library.get(b"cudaEventElapsedTime")?,
                 error_string: *library.get(b"cudaGetErrorString")?,
                 _library: library,
             })
@@ -184,6 +193,68 @@ impl Drop for CudaStream {
     }
 }
 
+/// A moment of a GPU's stream.
+struct CudaEvent {
+    runtime: &'static CudaRuntime,
+    handle: EventHandle,
+}
+
+// SAFETY: CUDA events may be used from any thread; the handle is only destroyed by its owner.
+unsafe impl Send for CudaEvent {}
+
+impl CudaEvent {
+    fn new(runtime: &'static CudaRuntime) -> Result<Self> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the handle is written on success.
+        runtime.check("make a CUDA event", unsafe { (runtime.event_create)(&raw mut handle, 0) })?;
+        Ok(Self { runtime, handle })
+    }
+
+    fn record(&self, stream: &CudaStream) -> Result<()> {
+        stream.enter()?;
+        // SAFETY: event and stream are alive.
+        self.runtime.check("record a CUDA event", unsafe { (self.runtime.event_record)(self.handle, stream.handle) })
+    }
+}
+
+impl Drop for CudaEvent {
+    fn drop(&mut self) {
+        // As with streams: there is nothing to be done about a refusal.
+        // SAFETY: nobody else has the handle any more.
+        let _ = unsafe { (self.runtime.event_destroy)(self.handle) };
+    }
+}
+
+/// Times the work between two moments of a stream, on the GPU's own clock.
+pub(super) struct CudaTimer {
+    begin: CudaEvent,
+    end: CudaEvent,
+}
+
+impl CudaTimer {
+    pub(super) fn new(stream: &CudaStream) -> Result<Self> {
+        stream.enter()?;
+        Ok(Self { begin: CudaEvent::new(stream.runtime)?, end: CudaEvent::new(stream.runtime)? })
+    }
+
+    pub(super) fn begin(&self, stream: &CudaStream) -> Result<()> {
+        self.begin.record(stream)
+    }
+
+    pub(super) fn end(&self, stream: &CudaStream) -> Result<()> {
+        self.end.record(stream)
+    }
+
+    /// Nanoseconds between the two; the host must have waited for the stream since.
+    pub(super) fn elapsed_ns(&self) -> Result<u64> {
+        let (runtime, mut milliseconds) = (self.begin.runtime, 0.0_f32);
+        // SAFETY: both events are alive; the number is written on success.
+        let status = unsafe { (runtime.event_elapsed_time)(&raw mut milliseconds, self.begin.handle, self.end.handle) };
+        runtime.check("read a CUDA event", status)?;
+        Ok((f64::from(milliseconds) * 1e6) as u64)
+    }
+}
+
 /// Equal pieces at equal distances.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows {
@@ -279,6 +350,14 @@ mod tests {
             stream->count = 0;
             return 0;
         }
+        int cudaEventCreateWithFlags(int **event, unsigned flags) { *event = calloc(1, sizeof(int)); return flags; }
+        int cudaEventDestroy(int *event) { free(event); return 0; }
+        int cudaEventRecord(int *event, Stream *stream) { *event = stream->count + 1; return 0; }
+        int cudaEventElapsedTime(float *milliseconds, int *begin, int *end) {
+            if (!*begin || !*end) return 400;
+            *milliseconds = 0.5f * (*end - *begin);
+            return 0;
+        }
         int cudaGetDeviceCount(int *count) { *count = 2; return 0; }
         int cudaMemGetInfo(size_t *free, size_t *total) { *free = 3; *total = 4; return 0; }
         int cudaDeviceGetAttribute(int *value, int attribute, int index) { *value = attribute + index; return 0; }
@@ -320,6 +399,24 @@ mod tests {
             expected[i] = i as u8;
         }
         assert_eq!(target, expected);
+    }
+
+    /// The fake's clock ticks half a millisecond for each piece of work.
+    #[test]
+    fn a_timer_reads_the_streams_own_clock() {
+        let stream = CudaStream::with_runtime(fake(), 0).unwrap();
+        let timer = CudaTimer::new(&stream).unwrap();
+        assert!(timer.elapsed_ns().is_err(), "nothing was recorded");
+        let mut target = [0_u8; 8];
+        timer.begin(&stream).unwrap();
+        for _ in 0..3 {
+            // SAFETY: the array outlives the wait.
+            unsafe { stream.zero(target.as_mut_ptr(), 8).unwrap() };
+        }
+        timer.end(&stream).unwrap();
+        stream.synchronize().unwrap();
+        assert_eq!(timer.elapsed_ns().unwrap(), 1_500_000);
+        assert_eq!(target, [0; 8]);
     }
 
     #[test]

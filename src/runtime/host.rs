@@ -22,12 +22,41 @@ fn control_group_memory(folder: &Path) -> Option<u64> {
     Some(max.saturating_sub(current.saturating_sub(cache.unwrap_or(0))))
 }
 
+/// Bytes of memory that this process has in use.
+pub(crate) fn resident_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
 /// How many files may be open at once: the limit in force, and how far the user may raise it.
 pub(crate) fn open_files() -> Option<(u64, u64)> {
     let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
     let mut numbers = line.split_whitespace().map(|word| word.parse::<u64>().unwrap_or(u64::MAX));
     Some((numbers.next()?, numbers.next()?))
+}
+
+/// Nanoseconds that the calling thread has been running.
+pub(crate) fn thread_cpu_ns() -> Option<u64> {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    stat.split_whitespace().next()?.parse().ok()
+}
+
+/// Seconds that all threads of this process have been running, ended ones too; exact to 10 ms.
+pub(crate) fn process_cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    cpu_ticks(&stat).map(|ticks| ticks as f64 / TICKS_PER_SECOND)
+}
+
+/// `USER_HZ`: what /proc counts in, on every architecture this runs on.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// User and system time of a line of /proc/PID/stat: fields 14 and 15. The name before may hold anything, also brackets.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    Some(ticks()? + ticks()?)
 }
 
 /// The processor's own name.
@@ -94,10 +123,18 @@ mod tests {
         assert_eq!(control_group_memory(folder.path()), Some(0));
     }
 
+    #[test]
+    fn processor_time_is_read_behind_a_name_with_brackets() {
+        let stat = "7 (a) b) R 1 7 7 0 -1 4194560 114 0 0 0 250 31 0 0 20 0 1 0 4 5 6";
+        assert_eq!(cpu_ticks(stat), Some(281));
+        assert_eq!(cpu_ticks("7"), None);
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn linux_says_how_much_memory_and_how_many_files_there_are() {
         assert!(available_memory().unwrap() > 1 << 20);
+        assert!((1 << 20..available_memory().unwrap()).contains(&resident_memory().unwrap()));
         let (soft, hard) = open_files().unwrap();
         assert!(soft > 0 && soft <= hard);
         assert!(processor_name().is_some() || cfg!(not(target_arch = "x86_64")));

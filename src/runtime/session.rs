@@ -1,7 +1,6 @@
 //! A graph that is loaded, and the bindings it runs with.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use ort::session::{IoBinding, RunOptions};
 use recaption_export::{DataType, DimRange};
 use recaption_kernels::Level;
 
+use crate::console::print_line;
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, Storage, TensorView};
 use crate::runtime::library::load_library;
@@ -40,6 +40,9 @@ pub(crate) struct SessionOptions {
     pub(crate) shows_builds: bool,
     /// Sizes that the free dimensions take; TensorRT builds its engines for them.
     pub(crate) dims: BTreeMap<String, DimRange>,
+    /// Where ONNX Runtime writes how long each operator took, when the session is dropped: the beginning of the file's path, to
+    /// which it adds the graph's name and the time.
+    pub(crate) profile: Option<PathBuf>,
 }
 
 impl SessionOptions {
@@ -58,6 +61,7 @@ impl SessionOptions {
             engine_cache: None,
             shows_builds: false,
             dims: BTreeMap::new(),
+            profile: None,
         })
     }
 }
@@ -78,11 +82,7 @@ const BUILD_INTERVAL: Duration = Duration::from_secs(15);
 
 fn print_build(name: &str, elapsed: Duration) {
     let seconds = elapsed.as_secs();
-    // Whether anybody reads it is not the run's concern.
-    let _ = writeln!(
-        std::io::stderr(),
-        "building TensorRT's engine of `{name}` for {seconds} s; later runs on this GPU will find it"
-    );
+    print_line(&format!("building TensorRT's engine of `{name}` for {seconds} s; later runs on this GPU will find it"));
 }
 
 /// Does `body`, and calls `report` with the time it has taken, every `interval`.
@@ -127,6 +127,11 @@ impl Session {
             shapes: is_tensorrt.then(|| ShapeProfile::new(graph, &options.dims)).transpose()?,
         };
         let operators = own_operators(options.num_threads)?;
+        let profile = options.profile.as_ref().map(|path| {
+            let mut path = path.clone().into_os_string();
+            path.push(&name);
+            PathBuf::from(path)
+        });
         let configure = move || -> std::result::Result<_, ort::Error> {
             let builder = ort::session::Session::builder(&library.environment)?;
             let builder = builder.with_intra_threads(options.num_threads).map_err(ort::Error::<()>::from)?;
@@ -140,7 +145,10 @@ impl Session {
             let key = "optimization.disable_specified_optimizers";
             let builder =
                 builder.with_config_entry(key, "QDQPropagationTransformer").map_err(ort::Error::<()>::from)?;
-            Ok(builder)
+            match &profile {
+                Some(path) => builder.with_profiling(path).map_err(ort::Error::<()>::from),
+                None => Ok(builder),
+            }
         };
         let builder = configure().map_err(Error::ort(doing()))?;
         let mut builder = builder

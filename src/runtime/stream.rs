@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Result;
 use crate::runtime::buffer::Buffer;
-use crate::runtime::cuda::CudaStream;
 pub(crate) use crate::runtime::cuda::Rows;
+use crate::runtime::cuda::{CudaStream, CudaTimer};
 use crate::runtime::provider::Device;
 
 /// Copies and graph runs, in the order they were asked for.
@@ -137,6 +137,20 @@ impl Stream {
         }
     }
 
+    /// A timer of the device's work, if the host's clock does not tell it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`]
+    pub(crate) fn timer(self: &Arc<Self>) -> Result<Option<DeviceTimer>> {
+        match &self.queue {
+            Queue::Host => Ok(None),
+            Queue::Cuda(cuda) => {
+                let timer = CudaTimer::new(cuda)?;
+                Ok(Some(DeviceTimer { timer, stream: Arc::clone(self), has_ended: false }))
+            }
+        }
+    }
+
     /// What has been copied so far.
     pub(crate) fn counts(&self) -> CopyCounts {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -147,5 +161,37 @@ impl Stream {
             uploaded_bytes: get(&self.counts.uploaded_bytes),
             downloaded_bytes: get(&self.counts.downloaded_bytes),
         }
+    }
+}
+
+/// Times work on a device, between two places in its stream.
+pub(crate) struct DeviceTimer {
+    timer: CudaTimer,
+    stream: Arc<Stream>,
+    has_ended: bool,
+}
+
+impl DeviceTimer {
+    /// What is queued from here on is timed.
+    pub(crate) fn begin(&mut self) -> Result<()> {
+        self.has_ended = false;
+        match &self.stream.queue {
+            Queue::Cuda(stream) => self.timer.begin(stream),
+            Queue::Host => Ok(()),
+        }
+    }
+
+    /// Up to here.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        self.has_ended = true;
+        match &self.stream.queue {
+            Queue::Cuda(stream) => self.timer.end(stream),
+            Queue::Host => Ok(()),
+        }
+    }
+
+    /// Nanoseconds between the two, once; call it after a wait for the stream.
+    pub(crate) fn take_ns(&mut self) -> Result<Option<u64>> {
+        std::mem::take(&mut self.has_ended).then(|| self.timer.elapsed_ns()).transpose()
     }
 }

@@ -85,6 +85,8 @@ pub(super) struct GraphReport {
     pub(super) ops: BTreeMap<String, usize>,
     /// Bytes of the initialisers by element type.
     pub(super) weight_bytes: BTreeMap<&'static str, u64>,
+    /// Bytes of the initialisers that a run reads whole: all but tables of which it looks up single rows.
+    pub(super) read_bytes: u64,
 }
 
 /// What only a captioner has.
@@ -173,7 +175,7 @@ impl Report {
 impl GraphReport {
     fn read(folder: &Path, manifest: &BundleManifest, name: &'static str, graph: &GraphFile) -> Result<Self> {
         let contents = GraphContents::read(folder, manifest, graph)?;
-        let GraphContents { opsets, num_nodes, ops, weight_bytes, onnx_bytes, data_bytes } = contents;
+        let GraphContents { opsets, num_nodes, ops, weight_bytes, read_bytes, onnx_bytes, data_bytes } = contents;
         let GraphFile { file, inputs, outputs, profile, num_parameters } = graph.clone();
         Ok(Self {
             name,
@@ -188,6 +190,7 @@ impl GraphReport {
             num_nodes,
             ops,
             weight_bytes,
+            read_bytes,
         })
     }
 }
@@ -205,7 +208,7 @@ impl Captioner {
                 num_kv_heads: cache.num_kv_heads,
                 head_dim: cache.head_dim,
                 num_copies: cache.num_copies(),
-                bytes_per_token: cache.bytes_per_slot(1),
+                bytes_per_token: cache.bytes_per_token() * cache.num_copies(),
                 caption_tokens,
                 new_tokens: CACHED_NEW_TOKENS,
                 bytes_per_caption: cache.bytes_per_slot(caption_tokens),

@@ -30,15 +30,68 @@ pub(crate) struct Driver {
     pub(crate) gpus: Vec<Gpu>,
 }
 
+/// What a GPU does at one moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Sample {
+    /// Share of the time of late in which a kernel ran.
+    pub(crate) utilisation: f64,
+    /// Share of the time of late in which memory was read or written.
+    pub(crate) memory_utilisation: f64,
+    pub(crate) watts: f64,
+    /// In use, by anybody.
+    pub(crate) memory_bytes: u64,
+}
+
+/// Reads what GPUs do; counts them as [`Gpu`] does.
+pub(crate) struct Meter(Nvml);
+
+impl Meter {
+    /// # Errors
+    /// Why there is no driver to ask.
+    pub(crate) fn open() -> Result<Self, String> {
+        Self::with_library(OsStr::new(LIBRARY))
+    }
+
+    fn with_library(library: &OsStr) -> Result<Self, String> {
+        Nvml::builder().lib_path(library).init().map(Self).map_err(describe)
+    }
+
+    /// # Errors
+    /// When there is no such GPU.
+    pub(crate) fn name(&self, index: u32) -> Result<String, String> {
+        self.0.device_by_index(index).and_then(|device| device.name()).map_err(describe)
+    }
+
+    /// # Errors
+    /// When the GPU does not tell.
+    pub(crate) fn sample(&self, index: u32) -> Result<Sample, String> {
+        let read = || -> Result<Sample, NvmlError> {
+            let device = self.0.device_by_index(index)?;
+            let rates = device.utilization_rates()?;
+            Ok(Sample {
+                utilisation: f64::from(rates.gpu) / 100.0,
+                memory_utilisation: f64::from(rates.memory) / 100.0,
+                watts: f64::from(device.power_usage()?) / 1000.0,
+                memory_bytes: device.memory_info()?.used,
+            })
+        };
+        read().map_err(describe)
+    }
+}
+
 /// The driver, or why there is none.
 pub(crate) fn driver() -> Result<Driver, String> {
-    read(OsStr::new(LIBRARY)).map_err(|error| match error {
+    read(OsStr::new(LIBRARY)).map_err(describe)
+}
+
+fn describe(error: NvmlError) -> String {
+    match error {
         NvmlError::LibloadingError(error) => {
             format!("no NVIDIA driver: {}", std::error::Error::source(&error).unwrap_or(&error))
         }
         NvmlError::DriverNotLoaded => "the NVIDIA driver is installed but not loaded".to_owned(),
         error => format!("NVIDIA's management library: {error}"),
-    })
+    }
 }
 
 fn read(library: &OsStr) -> Result<Driver, NvmlError> {
@@ -86,6 +139,9 @@ mod tests {
             return 0;
         }
         int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) { *major = 9; *minor = 0; return 0; }
+        typedef struct { unsigned gpu, memory; } Rates;
+        int nvmlDeviceGetUtilizationRates(void *device, Rates *rates) { rates->gpu = 93; rates->memory = 41; return 0; }
+        int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { *milliwatts = 612500; return 0; }
         int nvmlSystemGetDriverVersion(char *version, unsigned length) { strcpy(version, "580.65.06"); return 0; }
         const char *nvmlErrorString(int status) { return "error"; }
     "#;
@@ -104,6 +160,11 @@ mod tests {
         let gpu = &driver.gpus[1];
         assert_eq!((gpu.index, gpu.uuid.as_str(), gpu.compute_capability.as_str()), (1, "GPU-b", "9.0"));
         assert_eq!((gpu.total_bytes, gpu.free_bytes), (85_899_345_920, 85_000_000_000));
+
+        let meter = Meter::with_library(library.as_os_str()).unwrap();
+        assert_eq!(meter.name(0).unwrap(), "NVIDIA H100 80GB HBM3");
+        let expected = Sample { utilisation: 0.93, memory_utilisation: 0.41, watts: 612.5, memory_bytes: 899_345_920 };
+        assert_eq!(meter.sample(1).unwrap(), expected);
     }
 
     #[test]

@@ -1,0 +1,202 @@
+//! What `run` and `profile` have in common: what the user typed about captions becomes validated options.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use recaption_export::Target;
+
+use crate::cli::CaptioningArgs;
+use crate::commands::provider;
+use crate::console::print_line;
+use crate::error::{Error, Result};
+use crate::model::memory_plan::{DeviceMemory, MemoryPlan, ModelSizes, Wanted};
+use crate::model::sequence::StopRule;
+use crate::model::{Bundle, Prompt, Tokenizer};
+use crate::pipeline::RunOptions;
+use crate::pipeline::engine::EngineOptions;
+use crate::pipeline::input::Input;
+use crate::pipeline::load::LoadLimits;
+use crate::pipeline::source;
+use crate::pipeline::vision::decoder_device;
+use crate::pipeline::write::Sink;
+use crate::runtime::{self, Device, host, load_library};
+use crate::storage::{self, Policy};
+
+/// Engines made for a bundle of target cpu where nobody says how many.
+const MAX_CPU_ENGINES: usize = 16;
+/// Share of the free memory that a run on the CPU plans for: other programs want some, and page caches.
+const CPU_UTILIZATION: f64 = 0.5;
+/// What is to be captioned, with what, and where the rows go.
+pub(super) struct Request<'a> {
+    pub(super) inputs: &'a [String],
+    pub(super) model: &'a Path,
+    pub(super) captioning: &'a CaptioningArgs,
+    pub(super) sink: Sink,
+    pub(super) with_token_ids: bool,
+}
+
+/// Checks everything that can be checked before the first image.
+///
+/// # Errors
+/// When bundle, provider, prompt or an input cannot be as asked.
+pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
+    let Request { inputs, model, captioning: args, sink, with_token_ids } = request;
+    if let Some((stage, count)) = args.inject_panic {
+        crate::stage::inject_panic(stage, count);
+    }
+    storage::configure(Policy {
+        max_retries: args.storage_retries,
+        timeout: Duration::from_secs(args.storage_timeout),
+    });
+    let inputs: Vec<Input> =
+        inputs.iter().map(|text| Input::parse(text)).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    source::check(&inputs, args.image_column.as_deref())?;
+    let bundle = Bundle::open(model)?;
+    let tokenizer = Tokenizer::open(&bundle.tokenizer_path())?;
+    let prompt = Prompt::build(&args.prompt, args.template.as_ref(), &bundle.manifest.prompt, &tokenizer)?;
+    let stop_rule = StopRule {
+        stop_token_ids: bundle.manifest.stop_token_ids.clone(),
+        max_new_tokens: args.max_new_tokens as usize,
+        ignore_eos: args.ignore_eos,
+    };
+    check_prompt(&bundle, &prompt, &stop_rule)?;
+    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let num_threads = args.threads.map_or(num_cores, usize::from);
+    let cpu_engines = match (args.engines, bundle.manifest.header.target) {
+        (Some(count), _) => count.into(),
+        // Their kernels lose nothing on one thread, and nobody waits for anybody.
+        (None, Target::Cpu) => num_threads.min(MAX_CPU_ENGINES),
+        (None, Target::Ort | Target::TensorRt) => 1,
+    };
+    let choice = provider::choose(args.provider.into(), &args.device, cpu_engines, &bundle.manifest)?;
+    if !args.quiet {
+        print_line(&choice.line());
+    }
+    let engines = engine_options(args, &bundle, &prompt, &stop_rule, (&choice.devices, num_threads))?;
+    Ok(RunOptions {
+        bundle,
+        inputs,
+        sink,
+        prompt,
+        engines,
+        num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
+        load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
+        max_image_bytes: args.max_image_bytes,
+        image_column: args.image_column.clone(),
+        limit: args.limit,
+        with_token_ids,
+        quiet: args.quiet,
+        injection: args.inject_failure,
+        max_failures: None,
+        part: None,
+        interrupt: super::interrupt_flag(),
+        recorder: None,
+    })
+}
+
+fn check_prompt(bundle: &Bundle, prompt: &Prompt, stop_rule: &StopRule) -> Result<()> {
+    let dims = &bundle.manifest.decoder;
+    let length = prompt.len(bundle.manifest.vision.num_image_tokens);
+    let max_positions = dims.max_position_embeddings;
+    if length + stop_rule.max_new_tokens > max_positions {
+        return Err(Error::Setting {
+            reason: format!(
+                "prompt and image take {length} tokens, --max-new-tokens {} more; the model has {max_positions} positions",
+                stop_rule.max_new_tokens
+            ),
+            hint: match max_positions.saturating_sub(length) {
+                0 => "shorten --prompt".to_owned(),
+                left => format!("use --max-new-tokens {left} or fewer"),
+            },
+        });
+    }
+    if let Some(id) = prompt.before.iter().chain(&prompt.after).find(|&&id| id as usize >= dims.vocab_size) {
+        return Err(Error::Setting {
+            reason: format!(
+                "the prompt has token id {id}, but the model's embedding table ends at {}",
+                dims.vocab_size
+            ),
+            hint: "the tokenizer does not belong to this model; export again with the right --tokenizer".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn engine_options(
+    args: &CaptioningArgs,
+    bundle: &Bundle,
+    prompt: &Prompt,
+    stop_rule: &StopRule,
+    (devices, num_threads): (&[Device], usize),
+) -> Result<Vec<EngineOptions>> {
+    let prompt_length = prompt.len(bundle.manifest.vision.num_image_tokens);
+    let lengths = (prompt_length, prompt_length + stop_rule.max_new_tokens);
+    let options = |&device: &Device| -> Result<EngineOptions> {
+        let num_engines = devices.iter().filter(|other| other.gpu_index() == device.gpu_index()).count();
+        let plan = MemoryPlan::new(
+            &ModelSizes::of(&bundle.manifest)?,
+            device_memory(args, bundle, device, num_engines)?,
+            wanted(args, device, bundle.manifest.header.target),
+            lengths,
+        )?;
+        if !args.quiet {
+            let MemoryPlan { num_slots, vision_batch, .. } = plan;
+            print_line(&format!(
+                "{device}: {num_slots} captions in flight, {vision_batch} images at once; memory: {plan}"
+            ));
+        }
+        let is_gpu = device != Device::Cpu;
+        Ok(EngineOptions {
+            num_threads: (num_threads / devices.len()).max(1),
+            num_slots: plan.num_slots,
+            vision_batch: plan.vision_batch,
+            has_fixed_shapes: is_gpu || args.fixed_shapes,
+            captures_graphs: is_gpu && !args.no_cuda_graphs && load_library()?.captures_graphs_safely(),
+            memory_limit: is_gpu.then_some(plan.budget_bytes as usize),
+            engine_cache: match device {
+                Device::TensorRt(index) => Some(engine_cache(args, bundle, index)?),
+                Device::Cpu | Device::Cuda(_) => None,
+            },
+            shows_builds: !args.quiet,
+            ..EngineOptions::new(device, stop_rule.clone())
+        })
+    };
+    // Engines on one CPU are alike: one line says it.
+    let mut engines: Vec<EngineOptions> = Vec::new();
+    for device in devices {
+        let like_the_last = engines.last().filter(|engine| engine.device == *device).cloned();
+        engines.push(like_the_last.map_or_else(|| options(device), Ok)?);
+    }
+    Ok(engines)
+}
+
+/// The memory of `device`, which `num_engines` engines share.
+fn device_memory(args: &CaptioningArgs, bundle: &Bundle, device: Device, num_engines: usize) -> Result<DeviceMemory> {
+    let is_two = matches!(decoder_device(device, &bundle.manifest), Device::TensorRt(_));
+    let (free_bytes, utilization) = match device.gpu_index() {
+        Some(index) => (runtime::free_gpu_memory(index)?, args.gpu_memory_utilization),
+        None => (host::available_memory().unwrap_or(u64::MAX), CPU_UTILIZATION),
+    };
+    let is_gpu = device != Device::Cpu;
+    Ok(DeviceMemory { free_bytes, utilization, num_engines, is_gpu, has_two_decoders: is_two })
+}
+
+fn wanted(args: &CaptioningArgs, device: Device, target: Target) -> Wanted {
+    Wanted {
+        num_slots: args.slots.map(usize::from),
+        vision_batch: args.vision_batch.map(usize::from),
+        ..Wanted::by_default(device != Device::Cpu, target)
+    }
+}
+
+/// The folder of TensorRT's engines: beside the bundle, one for each model, GPU and pair of libraries that they are good for.
+fn engine_cache(args: &CaptioningArgs, bundle: &Bundle, gpu: i32) -> Result<PathBuf> {
+    let root = args.engine_cache.clone().unwrap_or_else(|| {
+        let mut name = bundle.folder.canonicalize().unwrap_or_else(|_| bundle.folder.clone()).into_os_string();
+        name.push(".tensorrt");
+        name.into()
+    });
+    let folder = root.join(runtime::engine_key(&bundle.manifest.header.fingerprint, gpu)?);
+    std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    Ok(folder)
+}
