@@ -3,7 +3,6 @@
 mod table;
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
@@ -13,7 +12,7 @@ use crate::commands::captioning::{self, Request};
 use crate::console::{print_error, print_line, print_warning};
 use crate::error::{Error, Result};
 use crate::pipeline::engine::EngineOptions;
-use crate::pipeline::write::{OutputOptions, Sink, write_atomically};
+use crate::pipeline::write::{AtomicFile, OutputOptions, Sink, write_atomically};
 use crate::pipeline::{self, Summary};
 use crate::profile::gpu::GpuSampler;
 use crate::profile::operators::read_profiles;
@@ -110,7 +109,7 @@ fn outcome(summary: &Summary) -> Outcome {
     }
 }
 
-fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> std::io::Result<()>) -> Result<()> {
+fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<&mut AtomicFile>) -> std::io::Result<()>) -> Result<()> {
     write_atomically(path, |file| {
         let mut buffered = BufWriter::new(file);
         write(&mut buffered).and_then(|()| buffered.flush()).map_err(Error::io("write", path))

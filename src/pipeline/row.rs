@@ -7,8 +7,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::model::sequence::FinishReason;
-use crate::profile::recorder::ImageTimes;
 use crate::pipeline::write::output::OpenShard;
+use crate::profile::recorder::ImageTimes;
 use crate::stage::Stage;
 
 /// A unit of output: the rows of one tar, or of up to 10,000 files.

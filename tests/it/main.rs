@@ -20,6 +20,7 @@ mod library;
 mod load;
 mod logs;
 mod metrics;
+mod operators_library;
 mod parity;
 mod plan;
 mod precisions;

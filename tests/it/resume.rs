@@ -118,12 +118,15 @@ fn a_full_or_broken_disk_ends_the_run_and_loses_nothing() {
     }
 }
 
+/// Changes the bytes of a file.
+type Damage = fn(&mut Vec<u8>);
+
 #[test]
 fn a_torn_or_damaged_journal_gives_back_what_is_whole() {
     let whole = case(12);
     assert_eq!(run(&[&whole.tar], &whole.out, &[]).status.code(), Some(0));
     let expected = parquet_rows(&whole.out);
-    let damage: [(&str, fn(&mut Vec<u8>), usize); 6] = [
+    let damage: [(&str, Damage, usize); 6] = [
         ("cut within the last record", |bytes| bytes.truncate(bytes.len() - 3), 7),
         ("zeros behind it, as after a power loss", |bytes| bytes.extend([0; 4096]), 8),
         ("a length beyond the file", |bytes| bytes.extend([0xff; 9]), 8),

@@ -73,6 +73,7 @@ mod tests {
         assert_eq!((vision.num_layers, vision.num_image_tokens, decoder.head_dim), (23, 576, 128));
         assert_eq!((vision, decoder), parse(&transformers).expect("valid"));
 
+        let mut original = original.clone();
         original["mm_vision_tower"] = "google/siglip".into();
         assert!(parse(&original).expect_err("unknown").to_string().contains("mm_vision_tower"));
     }
