@@ -1,5 +1,7 @@
 //! The command line: what the user types, and the help that teaches it.
 
+mod limits;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -17,6 +19,8 @@ use crate::pipeline::write::failures::MaxFailures;
 use crate::pipeline::write::fault::Fault;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
+
+pub use limits::LimitArgs;
 
 /// Exports vision-language captioners to ONNX and re-captions web images by the billion.
 #[derive(Debug, Parser)]
@@ -489,16 +493,9 @@ pub struct CaptioningArgs {
     /// Example: --storage-timeout 20
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub storage_timeout: u64,
-    /// Fail images of more pixels than this, before they are decoded
-    ///
-    /// The default is where Pillow refuses an image as a decompression bomb. Example: --max-pixels 50000000
-    #[arg(long, value_name = "N", default_value_t = 178_956_970)]
-    pub max_pixels: u64,
-    /// Fail image files larger than this
-    ///
-    /// Example: --max-image-bytes 20000000
-    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
-    pub max_image_bytes: u64,
+    /// What the inputs may cost.
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Show no progress and no summary on standard error
     ///
     /// Example: --quiet

@@ -70,7 +70,7 @@ def check_webdataset(folder: Path, inputs: list[Path]) -> dict[str, object]:
         )
 
     written = samples(sorted(folder.glob("captions-*.tar")))
-    originals = {sample["__key__"]: sample for sample in samples(inputs)}
+    originals = {sample["__key__"]: sample for sample in samples(inputs)} if inputs else {}
     images = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
     found = []
     for sample in written:

@@ -7,6 +7,7 @@
 mod emitter;
 mod folder;
 mod identity;
+pub mod limits;
 mod parquet;
 mod tar;
 
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::pipeline::input::Input;
 use crate::pipeline::row::{InputColumns, Message, RowDraft};
 use crate::pipeline::source::emitter::{Emitter, read_file};
+use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::write::output::Output;
 use crate::storage::{Failure, Location, Object, PendingRead};
 
@@ -53,8 +55,8 @@ pub(crate) struct SourceOptions<'a> {
     pub(crate) part: Option<Part>,
     /// Most images to take, over all inputs.
     pub(crate) limit: Option<usize>,
-    /// Largest image file that is read.
-    pub(crate) max_image_bytes: u64,
+    /// What the inputs may cost.
+    pub(crate) limits: SourceLimits,
     /// The column of Parquet inputs that holds the images, where it cannot be told by itself.
     pub(crate) image_column: Option<String>,
 }

@@ -141,7 +141,7 @@ fn check(out: &Path, trial: &Trial, reference: &[Value]) {
 }
 
 fn setup(folder: &Path, default_tokens: u64) -> Trial {
-    let (images, shards) = (parameter("CRASH_IMAGES", 160), parameter("CRASH_SHARDS", 4));
+    let (images, shards) = (parameter("CRASH_IMAGES", 80), parameter("CRASH_SHARDS", 4));
     Trial {
         shards: make_shards(folder, images, shards),
         bundle: demo_bundle(),
@@ -153,12 +153,12 @@ fn setup(folder: &Path, default_tokens: u64) -> Trial {
 #[test]
 fn kills_at_any_moment_cost_nothing_that_was_finished() {
     let folder = tempfile::tempdir().unwrap();
-    let trial = setup(folder.path(), 24);
+    let trial = setup(folder.path(), 6);
     let (duration, reference) = trial.reference(&folder.path().join("reference"));
     let num_kills = parameter("CRASH_KILLS", 15);
     let mut random = Random(parameter("CRASH_SEED", 1));
-    // So that each process gets some way, and a run is killed often.
-    let longest = parameter("CRASH_MILLIS", (duration.as_millis() as u64 / 2).clamp(400, 2000));
+    // A few are killed while they start, the others some way into the work, which goes on from kill to kill.
+    let longest = parameter("CRASH_MILLIS", (duration.as_millis() as u64 / 6).clamp(100, 2000));
     let (mut kills, mut rounds, mut most_rows, mut torn) = (0, 0, 0, 0);
     while kills < num_kills {
         let out = folder.path().join(format!("out-{rounds}"));
@@ -167,6 +167,9 @@ fn kills_at_any_moment_cost_nothing_that_was_finished() {
         loop {
             let mut child = trial.start(&out);
             if kills < num_kills {
+                if !random.next().is_multiple_of(5) {
+                    wait_for_progress(&out, &mut child);
+                }
                 std::thread::sleep(random.millis(longest));
                 if child.try_wait().unwrap().is_none() {
                     child.kill().unwrap();
@@ -189,13 +192,27 @@ fn kills_at_any_moment_cost_nothing_that_was_finished() {
         check(&out, &trial, &reference);
     }
     println!(
-        "{kills} kills within {longest} ms of a start, {rounds} runs of {} images in {} shards, {torn} torn journals; \
+        "{kills} kills within {longest} ms of a start or a first row, {rounds} runs of {} images in {} shards, {torn} torn journals; \
          at most {most_rows} rows were finished at a kill; undisturbed {:.1} s",
         reference.len(),
         trial.shards.len(),
         duration.as_secs_f64()
     );
     assert!(most_rows > 0, "no kill came after the first row: CRASH_MILLIS is too short");
+}
+
+/// Waits until the run has written something since it was started, or is over.
+fn wait_for_progress(out: &Path, child: &mut Child) {
+    let written = || -> (u64, usize) {
+        let journals = files(&out.join("journal"), "journal");
+        // A journal may be deleted while it is looked at.
+        let bytes = journals.iter().filter_map(|path| Some(std::fs::metadata(path).ok()?.len())).sum();
+        (bytes, files(out, "parquet").len())
+    };
+    let before = written();
+    while written() == before && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 fn is_torn(path: &Path) -> bool {
@@ -206,7 +223,7 @@ fn is_torn(path: &Path) -> bool {
 #[test]
 fn processes_that_share_an_output_and_are_killed_do_no_row_twice() {
     let folder = tempfile::tempdir().unwrap();
-    let trial = setup(folder.path(), 24);
+    let trial = setup(folder.path(), 6);
     let (duration, reference) = trial.reference(&folder.path().join("reference"));
     let num_kills = parameter("CRASH_KILLS", 8);
     let num_processes = parameter("CRASH_PROCESSES", 3) as usize;

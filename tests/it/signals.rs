@@ -44,14 +44,14 @@ fn check_rest(case: &Case, at_least: usize) {
     let rest = run(&[&case.tar], &case.out, &[]);
     assert_eq!(rest.status.code(), Some(0), "{}", stderr(&rest));
     let rows = parquet_rows(&case.out);
-    assert_eq!(rows.len(), 400);
+    assert_eq!(rows.len(), 120);
     assert!(rows.iter().enumerate().all(|(index, row)| row["key"] == format!("{index:04}")));
 }
 
 #[test]
 fn an_interrupt_keeps_what_is_finished_and_says_so() {
     for name in ["INT", "TERM"] {
-        let case = case(400);
+        let case = case(120);
         let mut child = start(&case, &[]);
         let num_rows = wait_for_rows(&case.out.join("journal/0.journal"), &mut child);
         signal(&child, name);
@@ -68,7 +68,7 @@ fn an_interrupt_keeps_what_is_finished_and_says_so() {
 
 #[test]
 fn a_second_interrupt_ends_the_run_at_once() {
-    let case = case(400);
+    let case = case(120);
     let mut child = start(&case, &[]);
     let num_rows = wait_for_rows(&case.out.join("journal/0.journal"), &mut child);
     signal(&child, "INT");
