@@ -325,12 +325,12 @@ fn spawn<'scope, T: Send + 'scope>(
     body: impl FnOnce() -> T + Send + 'scope,
 ) -> Result<thread::ScopedJoinHandle<'scope, T>> {
     let failed = Error::io("start thread", std::path::Path::new(&name));
-    let track = name.clone();
+    let (thread, track) = (name.clone(), name.clone());
     let recorded = move || {
         let _track = recorder.map(|recorder| recorder.enter(&track));
         body()
     };
-    thread::Builder::new().name(name).spawn_scoped(scope, recorded).map_err(failed)
+    thread::Builder::new().name(thread).spawn_scoped(scope, recorded).map_err(failed)
 }
 
 /// Keeps the first failure of any stage and tells the others to stop.

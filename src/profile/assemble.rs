@@ -42,7 +42,7 @@ impl Setup {
 
 fn bundle_facts(bundle: &Bundle) -> Result<BundleFacts> {
     let manifest = &bundle.manifest;
-    let (header, of_any) = (&manifest.header, BundleManifest::Llava(manifest.clone()));
+    let (header, of_any) = (&manifest.header, BundleManifest::Llava(Box::new(manifest.clone())));
     let graphs = [&manifest.graphs.vision_tower, &manifest.graphs.projector, &manifest.graphs.decoder];
     let mut weight_bytes = BTreeMap::new();
     for graph in graphs {

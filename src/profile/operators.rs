@@ -147,7 +147,6 @@ impl<'de> Visitor<'de> for Events<'_> {
 #[serde(untagged)]
 enum Either {
     Event(Event),
-    #[expect(dead_code, reason = "what is ignored is not read")]
     Other(IgnoredAny),
 }
 

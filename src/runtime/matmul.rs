@@ -196,7 +196,6 @@ impl Product {
             initializer: vec![initializer],
             input: vec![value("a", left, [rows, inner])],
             output: vec![value("product", product, [rows, columns])],
-            ..GraphProto::default()
         };
         let opset = OperatorSetIdProto { domain: Some(String::new()), version: Some(17) };
         let model =
