@@ -1,17 +1,26 @@
 //! The command line: what the user types, and the help that teaches it.
 
+mod limits;
+
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use recaption_export::Precision;
+use recaption_export::{Precision, Target};
 
+use crate::live;
 use crate::model::TemplateChoice;
 use crate::model::prompt::DEFAULT_PROMPT;
 use crate::pipeline::engine::Injection;
+use crate::pipeline::source::Part;
 use crate::pipeline::write::Format;
+use crate::pipeline::write::failures::MaxFailures;
+use crate::pipeline::write::fault::Fault;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
+
+pub use limits::LimitArgs;
 
 /// Exports vision-language captioners to ONNX and re-captions web images by the billion.
 #[derive(Debug, Parser)]
@@ -23,6 +32,43 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// What is told on the way.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// Log events on standard error, for every command.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Logs")]
+pub struct LogArgs {
+    /// Log events from this level on: error, warn, info, debug, trace or off [default: warn]
+    ///
+    /// info tells of each shard, engine and failed image. Directives as of Rust's `tracing` work too: recaption=debug,ort=warn.
+    /// Example: --log-level info
+    #[arg(
+        long,
+        global = true,
+        value_name = "LEVEL",
+        env = "RECAPTION_LOG",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub log_level: Option<String>,
+    /// Form of all that goes to standard error: text, or json for one object a line
+    ///
+    /// With json, progress, warnings and errors are such objects too, and there is no progress bar. Example: --log-format json
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text, hide_short_help = true)]
+    pub log_format: LogFormat,
+}
+
+/// Forms of standard error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people
+    #[default]
+    Text,
+    /// JSON objects, one a line
+    Json,
 }
 
 /// The subcommands.
@@ -42,16 +88,19 @@ pub enum Command {
     Export(ExportArgs),
     /// Caption images with a bundle
     ///
-    /// INPUT is an image file, a folder (searched recursively), a webdataset tar (`{key}.jpg` with optional `{key}.txt` and
-    /// `{key}.json`; gzip-compressed or not), a brace range of those, or `-` for paths on standard input, one a line.
+    /// INPUT is an image, a folder (searched recursively), a webdataset tar (`{key}.jpg` with optional `{key}.txt` and
+    /// `{key}.json`; gzip-compressed or not), a .parquet file with a column of images, a brace range of those, or `-` for
+    /// paths and URLs of images on standard input, one a line. All of them may lie in an object store or on a web server:
+    /// s3://, gs://, az://, https://, with the settings of the stores' own tools (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …).
     ///
     /// With --out, each input shard becomes one file in the output folder, and the same command again goes on after the
     /// shards that are done. Without it, one JSON object per image goes to standard output. An image that fails is a row with
     /// `status: failed` and its reason; it never ends the run.
     #[command(after_long_help = "Examples:\n  recaption run photos/ --model bundles/llava-8b\n  \
         recaption run 'shards/{00000..00012}.tar' --model bundles/llava-8b --out captions\n  \
+        recaption run 's3://bucket/train-{00000..00012}.parquet' --model bundles/llava-8b --out captions\n  \
         find . -name '*.png' | recaption run - --model bundles/llava-8b --out captions --provider cuda")]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Say where the time of a run goes, and how far that is from what the machine can do
     ///
     /// Captions INPUT as `run` does, with the same flags, and throws the captions away. Prints a table of the stages: how many
@@ -81,6 +130,16 @@ pub enum Command {
         recaption inspect bundles/llava-8b --verify\n  \
         recaption inspect bundles/llava-8b --json | jq .flops_per_image.total")]
     Inspect(InspectArgs),
+    /// Say how long captioning would take, on how many devices, and what it would cost
+    ///
+    /// From the arithmetic and the bytes that an image needs, over what the device can do at most, times the share of it that
+    /// practice reaches: assumed as a range, or measured on this or another machine by `recaption profile` (--from). Nothing is
+    /// run and no weights are needed: a checkpoint's config.json will do. docs/planning.md has the method and how far it is off.
+    #[command(after_long_help = "Examples:\n  \
+        recaption plan --model llava-llama-3-8b --device-kind h100-sxm --images 1.3e9 --devices 512 --price-per-hour 2.5\n  \
+        recaption plan --model bundles/llava-8b-fp8 --device-kind l40s --cores 8\n  \
+        recaption plan --from profiles/today/profile.json --images 1e6 --new-tokens 80")]
+    Plan(PlanArgs),
 }
 
 /// `recaption export`.
@@ -219,6 +278,16 @@ pub enum TargetArg {
     Cpu,
 }
 
+impl From<TargetArg> for Target {
+    fn from(target: TargetArg) -> Self {
+        match target {
+            TargetArg::Ort => Self::Ort,
+            TargetArg::Tensorrt => Self::TensorRt,
+            TargetArg::Cpu => Self::Cpu,
+        }
+    }
+}
+
 /// `recaption run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
@@ -233,7 +302,7 @@ pub struct RunArgs {
     /// Folder for the captions; without it they go to standard output as JSON Lines
     ///
     /// Holds captions-{shard}.parquet for each input shard, run.json (the settings) and summary.json. The same command
-    /// again goes on where the last one ended. Example: --out captions
+    /// again goes on where the last one ended, and several processes may share the folder. Example: --out captions
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Format of the files in --out
@@ -246,6 +315,37 @@ pub struct RunArgs {
     /// Example: --with-token-ids
     #[arg(long)]
     pub with_token_ids: bool,
+    /// Folder on a local disk for the journals of shards in progress
+    ///
+    /// Default: --out. A run that goes on must be given the same one. Example: --work-dir /var/tmp/recaption
+    #[arg(long, value_name = "DIR", requires = "out")]
+    pub work_dir: Option<PathBuf>,
+    /// Longest time, in seconds, that a finished caption may be lost to a power loss
+    ///
+    /// 0 syncs after every caption. A run that is only killed loses none, whatever is set here. Example: --sync-interval 30
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = parse_seconds)]
+    pub sync_interval: f64,
+    /// Do only the I-th of N parts of the shards
+    ///
+    /// For machines that share no disk, or one without file locks. Each must be given the same inputs in the same order.
+    /// Processes that share --out need no parts: each takes shards that no other has. Example: --part 2/8
+    #[arg(long, value_name = "I/N", conflicts_with = "limit")]
+    pub part: Option<Part>,
+    /// Do the failed rows of finished shards again, and no others of them
+    ///
+    /// Example: --retry-failed
+    #[arg(long, requires = "out", conflicts_with = "overwrite")]
+    pub retry_failed: bool,
+    /// Give up when more images than this fail, or a larger share of them
+    ///
+    /// Of the images of this run; a share counts from the 100th on. What is done is kept. Example: --max-failures 5%
+    #[arg(long, value_name = "N|P%")]
+    pub max_failures: Option<MaxFailures>,
+    /// Take no locks in --out: for filesystems that have none
+    ///
+    /// Then no two processes may write into it at once, except with --part. Example: --no-claims
+    #[arg(long, requires = "out")]
+    pub no_claims: bool,
     /// Start anew: delete the captions in --out first
     ///
     /// Example: --overwrite
@@ -256,6 +356,15 @@ pub struct RunArgs {
     /// Example: --json
     #[arg(long, requires = "out")]
     pub json: bool,
+    /// Serve Prometheus metrics of the run, at a port on loopback or at an address
+    ///
+    /// Rows, tokens, queues, slots and times, at /metrics; docs/metrics.md lists them. Port 0 is any that is free. Example:
+    /// --metrics 9090
+    #[arg(long, value_name = "PORT|ADDR", value_parser = live::parse_address)]
+    pub metrics: Option<SocketAddr>,
+    /// Let the disk refuse an OPERATION from its COUNT-th time on, to test that what was written before is kept
+    #[arg(long, hide = true, value_name = "OPERATION:COUNT:KIND")]
+    pub inject_io_error: Option<Fault>,
     /// How captions are made.
     #[command(flatten)]
     pub captioning: CaptioningArgs,
@@ -368,16 +477,25 @@ pub struct CaptioningArgs {
     /// Example: --limit 1000
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Fail images of more pixels than this, before they are decoded
+    /// Column of .parquet inputs that holds the images [default: the one of bytes, or the one named image, jpg, …]
     ///
-    /// The default is where Pillow refuses an image as a decompression bomb. Example: --max-pixels 50000000
-    #[arg(long, value_name = "N", default_value_t = 178_956_970)]
-    pub max_pixels: u64,
-    /// Fail image files larger than this
+    /// Bytes, or a struct of `bytes` and `path`. Example: --image-column photo
+    #[arg(long, value_name = "NAME")]
+    pub image_column: Option<String>,
+    /// How often a request to an object store or web server is tried again
     ///
-    /// Example: --max-image-bytes 20000000
-    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
-    pub max_image_bytes: u64,
+    /// After server errors, broken connections and time-outs, with waits from 0.1 s that double up to 15 s, for 4 minutes at
+    /// most. Example: --storage-retries 3
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub storage_retries: usize,
+    /// Seconds after which a request to an object store or web server is given up
+    ///
+    /// Example: --storage-timeout 20
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub storage_timeout: u64,
+    /// What the inputs may cost.
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Show no progress and no summary on standard error
     ///
     /// Example: --quiet
@@ -438,6 +556,122 @@ pub struct InspectArgs {
     pub new_tokens: u32,
 }
 
+/// `recaption plan`.
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    /// A bundle's folder, a checkpoint's folder, a config.json, or one of llava-llama-3-8b, llava-1.5-7b, llava-1.5-13b [default: that of --from]
+    ///
+    /// Only dimensions are read. Example: --model bundles/llava-8b
+    #[arg(long, value_name = "MODEL", required_unless_present = "from")]
+    pub model: Option<String>,
+    /// A GPU of the table, for instance h100-sxm; a wrong name lists them all
+    ///
+    /// Rates are those of the makers' datasheets, without sparsity. Example: --device-kind a100-80
+    #[arg(long, value_name = "KIND", conflicts_with_all = ["measure", "peak_tflops"])]
+    pub device_kind: Option<String>,
+    /// Another GPU: dense fp16 rate in 10^12 operations a second
+    ///
+    /// With --bandwidth and --memory. Example: --peak-tflops 312 --bandwidth 2.0 --memory 80
+    #[arg(long, value_name = "TFLOPS", requires = "bandwidth", requires = "memory", value_parser = parse_positive)]
+    pub peak_tflops: Option<f64>,
+    /// Its dense fp8 rate, where it has that arithmetic
+    ///
+    /// Example: --peak-fp8-tflops 624
+    #[arg(long, value_name = "TFLOPS", requires = "peak_tflops", value_parser = parse_positive)]
+    pub peak_fp8_tflops: Option<f64>,
+    /// Its memory bandwidth in 10^12 bytes a second
+    ///
+    /// Example: --bandwidth 2.0
+    #[arg(long, value_name = "TB/S", requires = "peak_tflops", value_parser = parse_positive)]
+    pub bandwidth: Option<f64>,
+    /// Its memory in 10^9 bytes
+    ///
+    /// Example: --memory 80
+    #[arg(long, value_name = "GB", requires = "peak_tflops", value_parser = parse_positive)]
+    pub memory: Option<f64>,
+    /// This machine's processor: measures what it can do, some seconds long
+    ///
+    /// As `recaption profile` does. Example: --measure
+    #[arg(long)]
+    pub measure: bool,
+    /// Scale from this run: a profile.json of `recaption profile`
+    ///
+    /// The device is the profile's, unless --device-kind names another of its sort; lengths, slots and batches are the profile's
+    /// where nothing else is said. Example: --from profiles/today/profile.json
+    #[arg(long, value_name = "FILE", conflicts_with = "measure")]
+    pub from: Option<PathBuf>,
+    /// Images to caption, as a number: 1000000 or 1.3e9
+    ///
+    /// Example: --images 1.3e9
+    #[arg(long, value_name = "N", value_parser = parse_images)]
+    pub images: Option<f64>,
+    /// Devices that share the images
+    ///
+    /// Example: --devices 512
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    pub devices: u64,
+    /// Price of one device for an hour, in any currency
+    ///
+    /// Example: --price-per-hour 2.5
+    #[arg(long, value_name = "PRICE", requires = "images", value_parser = parse_positive)]
+    pub price_per_hour: Option<f64>,
+    /// Precision that a checkpoint would be exported with [default: fp16]
+    ///
+    /// Not with a bundle, which has its own. Example: --precision fp8
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    /// Target that a checkpoint would be exported for [default: ort, or tensorrt for fp8]
+    ///
+    /// Example: --target tensorrt
+    #[arg(long, value_enum)]
+    pub target: Option<TargetArg>,
+    /// Tokens of text around the image [default: 40, or the profile's]
+    ///
+    /// The paper's prompt and its frame take about 40. Example: --prompt-tokens 100
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub prompt_tokens: Option<u32>,
+    /// Mean new tokens of a caption, its stop token among them [default: 64, or the profile's]
+    ///
+    /// The paper's captions have 49 words, about 64 tokens. Example: --new-tokens 100
+    #[arg(long, value_name = "N", value_parser = parse_mean_tokens)]
+    pub new_tokens: Option<f64>,
+    /// Most new tokens of a caption, which slots have room for [default: 128, or the profile's]
+    ///
+    /// Example: --max-new-tokens 64
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_new_tokens: Option<u32>,
+    /// Captions in flight per engine [default: as `recaption run` would take]
+    ///
+    /// Example: --slots 512
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub slots: Option<u16>,
+    /// Most images encoded and prefilled at once [default: as `recaption run` would take]
+    ///
+    /// Example: --vision-batch 8
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub vision_batch: Option<u16>,
+    /// Engines on each device [default: 1, the profile's, or one per core with --target cpu]
+    ///
+    /// Example: --engines 2
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub engines: Option<u16>,
+    /// Cores that each device has for reading and preprocessing [default: enough]
+    ///
+    /// Example: --cores 8
+    #[arg(long, value_name = "N", value_parser = parse_positive)]
+    pub cores: Option<f64>,
+    /// Share of the device's memory that may be used
+    ///
+    /// Example: --gpu-memory-utilization 0.8
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = parse_share)]
+    pub gpu_memory_utilization: f64,
+    /// Print JSON
+    ///
+    /// Sizes are bytes, rates per second, shares between 0 and 1. Example: --json
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Arguments of `recaption doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -460,6 +694,8 @@ pub enum FormatArg {
     Parquet,
     /// One JSON Lines file per shard
     Jsonl,
+    /// One webdataset tar per shard: the images as they were, with captions and columns beside them
+    Webdataset,
 }
 
 impl From<FormatArg> for Format {
@@ -467,6 +703,7 @@ impl From<FormatArg> for Format {
         match format {
             FormatArg::Parquet => Self::Parquet,
             FormatArg::Jsonl => Self::Jsonl,
+            FormatArg::Webdataset => Self::Webdataset,
         }
     }
 }
@@ -498,6 +735,26 @@ impl From<ProviderArg> for ProviderChoice {
 fn parse_share(text: &str) -> Result<f64, String> {
     let share = text.parse::<f64>().ok().filter(|share| *share > 0.0 && *share <= 1.0);
     share.ok_or_else(|| format!("expected a number above 0 and up to 1, got `{text}`"))
+}
+
+fn parse_positive(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| *number > 0.0 && number.is_finite());
+    number.ok_or_else(|| format!("expected a number above 0, got `{text}`"))
+}
+
+fn parse_images(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (1.0..=1e15).contains(number));
+    number.map(f64::round).ok_or_else(|| format!("expected a number from 1 to 1e15, got `{text}`"))
+}
+
+fn parse_mean_tokens(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (1.0..=1e6).contains(number));
+    number.ok_or_else(|| format!("expected a number from 1 to 1e6, got `{text}`"))
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.0..=86_400.0).contains(seconds));
+    seconds.ok_or_else(|| format!("expected seconds from 0 to 86400, got `{text}`"))
 }
 
 fn parse_injection(text: &str) -> Result<(Stage, usize), String> {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::stage::Stage;
+use crate::storage::{Failure, Location};
 
 /// Why a run could not start or go on. `Display` is one line; [`Error::hint`] says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +102,18 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
+    /// An object store did not do what it was asked to.
+    #[error("{action} `{location}`: {reason}")]
+    Storage {
+        /// What was being done.
+        action: &'static str,
+        /// To what, without credentials.
+        location: String,
+        /// What kind of failure it is.
+        failure: Failure,
+        /// Its own words, without credentials.
+        reason: String,
+    },
     /// The output folder belongs to a run with other settings.
     #[error("`{path}` was written with other settings: {differences}")]
     OtherRun {
@@ -118,6 +131,26 @@ pub enum Error {
         path: PathBuf,
         /// The library's reason.
         source: parquet::errors::ParquetError,
+    },
+    /// Something in the output folder is not as it should be.
+    #[error("`{path}`: {reason}")]
+    Output {
+        /// The folder or file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
+    /// More rows failed than `--max-failures` allows.
+    #[error("{failed} of {rows} images failed, more than --max-failures allows: {reasons}")]
+    TooManyFailures {
+        /// Failed rows of this run.
+        failed: u64,
+        /// Rows of this run.
+        rows: u64,
+        /// The most frequent reasons.
+        reasons: String,
     },
     /// A stage stopped with an error that is not one image's.
     #[error("{stage} stage: {source}")]
@@ -143,9 +176,10 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Bundle(error) => error.hint(),
-            Self::OnnxRuntimeLibrary { hint, .. } | Self::Setting { hint, .. } | Self::Provider { hint, .. } => {
-                Some(hint.clone())
-            }
+            Self::OnnxRuntimeLibrary { hint, .. }
+            | Self::Setting { hint, .. }
+            | Self::Provider { hint, .. }
+            | Self::Output { hint, .. } => Some(hint.clone()),
             Self::Input { hint, .. } => Some((*hint).to_owned()),
             Self::Template { .. } => Some(
                 "use --template with llava-pp-llama3, llava-next-llama3, plain-llama3, or a Jinja file that places an image"
@@ -160,12 +194,16 @@ impl Error {
             ),
             Self::NoSuchGpu { .. } => Some("use indices from 0 on; CUDA_VISIBLE_DEVICES hides GPUs".to_owned()),
             Self::Panicked { .. } => {
-                Some("this is a bug; finished shards are kept, and the same command goes on after them".to_owned())
+                Some("this is a bug; finished rows are kept, and the same command goes on after them".to_owned())
             }
+            Self::TooManyFailures { .. } => Some(
+                "all rows are kept; mend the cause, then the same command goes on after them, and --retry-failed does the \
+                 failed ones again"
+                    .to_owned(),
+            ),
             Self::Stage { source, .. } => source.hint(),
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                Some("free some space; finished shards are kept, and the same command goes on after them".to_owned())
-            }
+            Self::Storage { failure, .. } => failure.hint().map(str::to_owned),
+            Self::Io { source, action, .. } => disk_hint(source, action),
             _ => None,
         }
     }
@@ -181,9 +219,33 @@ impl Error {
         move |source| Self::Io { action, path, source }
     }
 
+    /// The error of an action on `location`: a storage error that came through `Read` or `Write`, or the file system's.
+    pub(crate) fn at(action: &'static str, location: &Location) -> impl FnOnce(std::io::Error) -> Self {
+        let location = location.clone();
+        move |source| match source.downcast::<Self>() {
+            Ok(error) => error,
+            Err(source) => Self::Io { action, path: location.to_string().into(), source },
+        }
+    }
+
     pub(crate) fn ort(doing: impl Into<String>) -> impl FnOnce(ort::Error) -> Self {
         let doing = doing.into();
         move |source| Self::OnnxRuntime { doing, source }
+    }
+}
+
+/// What to do about a disk that refuses.
+fn disk_hint(source: &std::io::Error, action: &str) -> Option<String> {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    let is_writing = ["write", "sync", "create", "rename to", "delete"].contains(&action);
+    match source.kind() {
+        StorageFull | QuotaExceeded | FileTooLarge => {
+            Some("free some space; finished rows are kept, and the same command goes on after them".to_owned())
+        }
+        _ if is_writing => Some(
+            "see to the disk or folder; finished rows are kept, and the same command goes on after them".to_owned(),
+        ),
+        _ => None,
     }
 }
 

@@ -6,12 +6,18 @@
 pub mod analysis;
 pub mod cli;
 pub mod commands;
+pub mod console;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzzing;
+pub mod live;
 pub mod model;
 pub mod pipeline;
+pub mod plan;
 pub mod profile;
 pub mod runtime;
 pub mod stage;
+pub mod storage;
 
 pub use error::{Error, Result};
 pub use recaption_export as export;

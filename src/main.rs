@@ -5,12 +5,17 @@ use std::process::ExitCode;
 use clap::Parser;
 use recaption::cli::Cli;
 use recaption::commands::{self, Outcome};
-use tracing_subscriber::EnvFilter;
+use recaption::console;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("RECAPTION_LOG").unwrap_or_else(|_| EnvFilter::new("warn,ort=error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    if let Err(reason) = console::start_logging(cli.log.log_level.as_deref(), cli.log.log_format) {
+        console::print_error(
+            &format!("--log-level: {reason}"),
+            Some("use error, warn, info, debug, trace or off, or directives such as recaption=debug,ort=warn"),
+        );
+        return Outcome::Error.into();
+    }
     match commands::execute(cli.command) {
         Ok(outcome) => outcome.into(),
         // Whoever read standard output has seen enough: `recaption run … | head -1`.
@@ -18,10 +23,8 @@ fn main() -> ExitCode {
             Outcome::Interrupted.into()
         }
         Err(error) => {
-            eprintln!("error: {error}");
-            if let Some(hint) = error.downcast_ref::<recaption::Error>().and_then(recaption::Error::hint) {
-                eprintln!("hint: {hint}");
-            }
+            let hint = error.downcast_ref::<recaption::Error>().and_then(recaption::Error::hint);
+            console::print_error(&error.to_string(), hint.as_deref());
             Outcome::Error.into()
         }
     }

@@ -19,6 +19,8 @@ mod encoder;
 mod error;
 mod float8;
 pub mod flops;
+#[doc(hidden)]
+pub mod fuzzing;
 mod graph;
 pub mod inspect;
 mod linear;
@@ -64,6 +66,7 @@ use crate::channels::DecoderChannels;
 use crate::checkpoint::Checkpoint;
 use crate::clip::ClipCheckpoint;
 use crate::config::{DecoderConfig, LlavaConfig};
+pub use crate::config::{parse_dims, read_dims};
 use crate::output::OutputFolder;
 use crate::precision::{GraphFormat, LinearFormat};
 use crate::tokenizer_files::TokenizerFiles;
@@ -120,6 +123,14 @@ impl ExportOptions {
     /// Precision of vision tower and projector, or of a CLIP's image tower.
     fn vision_precision(&self) -> Precision {
         self.vision_precision.unwrap_or(self.precision.default_for_vision())
+    }
+
+    /// Whether precision, target and activations go together.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where they do not.
+    pub fn check(&self) -> Result<()> {
+        self.formats().map(|_| ())
     }
 
     /// Formats of what reads images and of what reads tokens.

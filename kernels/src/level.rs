@@ -21,6 +21,8 @@ enum Set {
     AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 /// Work that is written once and compiled for every instruction set.
@@ -39,7 +41,8 @@ impl Level {
 
     /// Every level that this processor has, weakest first.
     pub fn available() -> Vec<Self> {
-        [Some(Self::PORTABLE), Self::avx2(), Self::avx_vnni(), Self::avx512()].into_iter().flatten().collect()
+        let levels = [Some(Self::PORTABLE), Self::avx2(), Self::avx_vnni(), Self::avx512(), Self::neon()];
+        levels.into_iter().flatten().collect()
     }
 
     /// The best level that this processor has and `RECAPTION_CPU` (read at the first call) allows.
@@ -67,6 +70,11 @@ impl Level {
         Self::available().pop().unwrap_or(Self::PORTABLE)
     }
 
+    /// Whether AVX2 is there.
+    pub(crate) fn has_avx2(self) -> bool {
+        cfg!(target_arch = "x86_64") && self.rank() >= 1
+    }
+
     fn rank(self) -> usize {
         match self.0 {
             Set::Portable => 0,
@@ -76,11 +84,13 @@ impl Level {
             Set::AvxVnni => 2,
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => 3,
+            #[cfg(target_arch = "aarch64")]
+            Set::Neon => 4,
         }
     }
 }
 
-const NAMES: [&str; 4] = ["portable", "avx2", "avxvnni", "avx512"];
+const NAMES: [&str; 5] = ["portable", "avx2", "avxvnni", "avx512", "neon"];
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod detect {
@@ -141,7 +151,22 @@ impl Level {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => unsafe { crate::simd::avx512::call(work) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Set::Neon => unsafe { crate::simd::neon::call(work) },
         }
+    }
+}
+
+impl Level {
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    fn neon() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("dotprod").then_some(Self(Set::Neon))
+    }
+
+    #[cfg(not(all(target_arch = "aarch64", not(miri))))]
+    fn neon() -> Option<Self> {
+        None
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! One result everywhere: every kernel gives the same bits at every instruction-set [`Level`], however the work is split and
 //! whatever else is in the batch. Integer sums are exact; float operations are IEEE 754 ones in a fixed order (`simd` has
-//! them), and functions such as exp are polynomials of our own. Only `simd/` and `dot/` contain intrinsics.
+//! them), and functions such as exp are polynomials of our own. Only `simd/`, `dot/` and `pixels/` contain
+//! intrinsics.
 
 mod attention;
 mod dot;
@@ -12,6 +13,7 @@ mod level;
 mod linear;
 mod math;
 mod pack;
+pub mod pixels;
 mod quantize;
 mod simd;
 mod workers;

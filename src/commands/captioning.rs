@@ -1,39 +1,30 @@
 //! What `run` and `profile` have in common: what the user typed about captions becomes validated options.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use recaption_export::Target;
 
 use crate::cli::CaptioningArgs;
 use crate::commands::provider;
+use crate::console::print_line;
 use crate::error::{Error, Result};
-use crate::model::memory_plan::{DeviceMemory, MemoryPlan, Wanted};
+use crate::model::memory_plan::{DeviceMemory, MemoryPlan, ModelSizes, Wanted};
 use crate::model::sequence::StopRule;
 use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::RunOptions;
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
-use crate::pipeline::load::LoadLimits;
+use crate::pipeline::source;
 use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::Sink;
 use crate::runtime::{self, Device, host, load_library};
+use crate::storage::{self, Policy};
 
-/// Most captions in flight when the user does not say: on a CPU more bring little.
-const DEFAULT_SLOTS: usize = 16;
-/// The same of one engine with a bundle of target cpu, whose products gain up to twice as many.
-const OWN_OPERATORS_SLOTS: usize = 32;
-const DEFAULT_VISION_BATCH: usize = 4;
 /// Engines made for a bundle of target cpu where nobody says how many.
 const MAX_CPU_ENGINES: usize = 16;
 /// Share of the free memory that a run on the CPU plans for: other programs want some, and page caches.
 const CPU_UTILIZATION: f64 = 0.5;
-/// Most captions in flight on a GPU when the user does not say: beyond, a step takes longer by as much as it does more
-/// (roofline of an H100: 989 TFLOP/s over 3.35 TB/s is 295 tokens a weight read).
-const MAX_GPU_SLOTS: usize = 256;
-/// Most images encoded and prefilled at once there: 16 x 640 tokens fill a GPU, more only make decode steps wait.
-const MAX_GPU_VISION_BATCH: usize = 16;
-
 /// What is to be captioned, with what, and where the rows go.
 pub(super) struct Request<'a> {
     pub(super) inputs: &'a [String],
@@ -52,8 +43,13 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
     if let Some((stage, count)) = args.inject_panic {
         crate::stage::inject_panic(stage, count);
     }
+    storage::configure(Policy {
+        max_retries: args.storage_retries,
+        timeout: Duration::from_secs(args.storage_timeout),
+    });
     let inputs: Vec<Input> =
         inputs.iter().map(|text| Input::parse(text)).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    source::check(&inputs, args.image_column.as_deref())?;
     let bundle = Bundle::open(model)?;
     let tokenizer = Tokenizer::open(&bundle.tokenizer_path())?;
     let prompt = Prompt::build(&args.prompt, args.template.as_ref(), &bundle.manifest.prompt, &tokenizer)?;
@@ -73,7 +69,7 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
     };
     let choice = provider::choose(args.provider.into(), &args.device, cpu_engines, &bundle.manifest)?;
     if !args.quiet {
-        let _ = writeln!(std::io::stderr(), "{}", choice.line());
+        print_line(&choice.line());
     }
     let engines = engine_options(args, &bundle, &prompt, &stop_rule, (&choice.devices, num_threads))?;
     Ok(RunOptions {
@@ -83,12 +79,15 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
         prompt,
         engines,
         num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
-        load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
-        max_image_bytes: args.max_image_bytes,
+        load_limits: args.limits.load(),
+        source_limits: args.limits.source(),
+        image_column: args.image_column.clone(),
         limit: args.limit,
         with_token_ids,
         quiet: args.quiet,
         injection: args.inject_failure,
+        max_failures: None,
+        part: None,
         interrupt: super::interrupt_flag(),
         recorder: None,
     })
@@ -134,16 +133,16 @@ fn engine_options(
     let options = |&device: &Device| -> Result<EngineOptions> {
         let num_engines = devices.iter().filter(|other| other.gpu_index() == device.gpu_index()).count();
         let plan = MemoryPlan::new(
-            &bundle.manifest,
+            &ModelSizes::of(&bundle.manifest)?,
             device_memory(args, bundle, device, num_engines)?,
             wanted(args, device, bundle.manifest.header.target),
             lengths,
         )?;
         if !args.quiet {
             let MemoryPlan { num_slots, vision_batch, .. } = plan;
-            let line =
-                format!("{device}: {num_slots} captions in flight, {vision_batch} images at once; memory: {plan}");
-            let _ = writeln!(std::io::stderr(), "{line}");
+            print_line(&format!(
+                "{device}: {num_slots} captions in flight, {vision_batch} images at once; memory: {plan}"
+            ));
         }
         let is_gpu = device != Device::Cpu;
         Ok(EngineOptions {
@@ -182,16 +181,10 @@ fn device_memory(args: &CaptioningArgs, bundle: &Bundle, device: Device, num_eng
 }
 
 fn wanted(args: &CaptioningArgs, device: Device, target: Target) -> Wanted {
-    let (max_slots, max_vision_batch) = match device {
-        Device::Cpu if target == Target::Cpu => (OWN_OPERATORS_SLOTS, 1),
-        Device::Cpu => (DEFAULT_SLOTS, DEFAULT_VISION_BATCH),
-        Device::Cuda(_) | Device::TensorRt(_) => (MAX_GPU_SLOTS, MAX_GPU_VISION_BATCH),
-    };
     Wanted {
         num_slots: args.slots.map(usize::from),
         vision_batch: args.vision_batch.map(usize::from),
-        max_slots,
-        max_vision_batch,
+        ..Wanted::by_default(device != Device::Cpu, target)
     }
 }
 

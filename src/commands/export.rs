@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::time::Instant;
 
-use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, Target, tokenizer_path};
+use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, tokenizer_path};
 
-use crate::cli::{ActivationsArg, ExportArgs, PrecisionArg, RoundingArg, TargetArg};
+use crate::cli::{ActivationsArg, ExportArgs, PrecisionArg, RoundingArg};
 use crate::commands::Outcome;
+use crate::console::{print_line, print_warning};
 use crate::error::Error;
 use crate::model::Tokenizer;
 
@@ -27,11 +28,7 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         },
         calibration: calibration(args)?,
         reduce_range: args.reduce_range,
-        target: match args.target {
-            TargetArg::Ort => Target::Ort,
-            TargetArg::Tensorrt => Target::TensorRt,
-            TargetArg::Cpu => Target::Cpu,
-        },
+        target: args.target.into(),
         vision_tower: args.vision_tower.clone(),
         lora: args.lora.clone(),
         tokenizer: args.tokenizer.clone(),
@@ -41,7 +38,7 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     let started = Instant::now();
     let manifest = match recaption_export::export(&args.checkpoint, &args.out, &options) {
         Err(error @ recaption_export::Error::Cancelled) => {
-            eprintln!("{error}");
+            print_line(&error.to_string());
             return Ok(Outcome::Interrupted);
         }
         exported => exported.map_err(Error::from)?,
@@ -49,23 +46,23 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     if let BundleManifest::Llava(manifest) = &manifest
         && manifest.stop_token_ids.is_empty()
     {
-        eprintln!("warning: the checkpoint names no stop token: every caption will have --max-new-tokens tokens");
+        print_warning("the checkpoint names no stop token: every caption will have --max-new-tokens tokens");
     }
     for saturation in &manifest.header().saturated_weights {
-        eprintln!(
-            "warning: {} value(s) of `{}` do not fit fp16 (largest {:e}) and were set to its end; try --precision bf16",
+        print_warning(&format!(
+            "{} value(s) of `{}` do not fit fp16 (largest {:e}) and were set to its end; try --precision bf16",
             saturation.count,
             saturation.tensors.join("`, `"),
             saturation.largest
-        );
+        ));
     }
-    eprintln!(
+    print_line(&format!(
         "exported `{}` to `{}` in {:.1} s\n{}",
         args.checkpoint.display(),
         args.out.display(),
         started.elapsed().as_secs_f64(),
         describe(&manifest)
-    );
+    ));
     Ok(Outcome::Success)
 }
 

@@ -12,6 +12,7 @@ use recaption_export::{BundleManifest, verify};
 
 use crate::cli::InspectArgs;
 use crate::commands::Outcome;
+use crate::console::print_line;
 use crate::error::Error;
 use crate::model::bundle::check_files;
 use report::{CaptionLength, Report};
@@ -47,7 +48,7 @@ fn verify_files(folder: &Path) -> Result<(), Error> {
         num_read += num_bytes;
         if shown.elapsed() >= LINE_INTERVAL {
             shown = Instant::now();
-            let _ = writeln!(std::io::stderr(), "verified {} of {}", numbers::bytes(num_read), numbers::bytes(total));
+            print_line(&format!("verified {} of {}", numbers::bytes(num_read), numbers::bytes(total)));
         }
     })?;
     Ok(())

@@ -4,6 +4,7 @@ mod captioning;
 mod doctor;
 mod export;
 mod inspect;
+mod plan;
 mod profile;
 mod provider;
 mod run;
@@ -54,7 +55,8 @@ pub fn execute(command: Command) -> anyhow::Result<Outcome> {
         Command::Export(args) => export::execute(&args),
         Command::Inspect(args) => inspect::execute(&args),
         Command::Doctor(args) => doctor::execute(&args),
+        Command::Plan(args) => plan::execute(&args),
         Command::Profile(args) => profile::execute(&args),
-        Command::Run(args) => run::execute(args),
+        Command::Run(args) => run::execute(&args),
     }
 }

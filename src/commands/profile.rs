@@ -3,16 +3,16 @@
 mod table;
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use crate::cli::ProfileArgs;
 use crate::commands::Outcome;
 use crate::commands::captioning::{self, Request};
+use crate::console::{print_error, print_line, print_warning};
 use crate::error::{Error, Result};
 use crate::pipeline::engine::EngineOptions;
-use crate::pipeline::write::{Format, Sink, write_atomically};
+use crate::pipeline::write::{AtomicFile, OutputOptions, Sink, write_atomically};
 use crate::pipeline::{self, Summary};
 use crate::profile::gpu::GpuSampler;
 use crate::profile::operators::read_profiles;
@@ -33,7 +33,7 @@ pub(super) fn execute(args: &ProfileArgs) -> anyhow::Result<Outcome> {
         inputs: &args.inputs,
         model: &args.model,
         captioning: &args.captioning,
-        sink: Sink::Folder { folder: captions.path().to_owned(), format: Format::Parquet },
+        sink: Sink::Folder(OutputOptions::private(captions.path().to_owned())),
         with_token_ids: false,
     })?;
     let recorder = Recorder::new(true, None);
@@ -52,7 +52,7 @@ pub(super) fn execute(args: &ProfileArgs) -> anyhow::Result<Outcome> {
 
     let run = pipeline::load_model(options)?;
     let sampler = GpuSampler::start(&gpus).unwrap_or_else(|reason| {
-        let _ = writeln!(std::io::stderr(), "warning: utilisation and power of the GPUs are left out: {reason}");
+        print_warning(&format!("utilisation and power of the GPUs are left out: {reason}"));
         None
     });
     let cpu_before = host::process_cpu_seconds();
@@ -82,7 +82,7 @@ pub(super) fn execute(args: &ProfileArgs) -> anyhow::Result<Outcome> {
     let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
     written.map_err(Error::io("write", Path::new("standard output")))?;
     if !args.captioning.quiet {
-        let _ = writeln!(std::io::stderr(), "profile in `{}`", out.display());
+        print_line(&format!("profile in `{}`", out.display()));
     }
     Ok(outcome(&summary))
 }
@@ -95,7 +95,7 @@ fn gpu_indices(engines: &[EngineOptions]) -> Vec<u32> {
 
 fn report_damage(summary: &Summary) {
     for damage in summary.damaged_inputs.iter().chain(&summary.failed_engines) {
-        let _ = writeln!(std::io::stderr(), "error: {damage}");
+        print_error(damage, None);
     }
 }
 
@@ -109,7 +109,7 @@ fn outcome(summary: &Summary) -> Outcome {
     }
 }
 
-fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> std::io::Result<()>) -> Result<()> {
+fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<&mut AtomicFile>) -> std::io::Result<()>) -> Result<()> {
     write_atomically(path, |file| {
         let mut buffered = BufWriter::new(file);
         write(&mut buffered).and_then(|()| buffered.flush()).map_err(Error::io("write", path))

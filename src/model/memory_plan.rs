@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use recaption_export::{DataType, Manifest};
+use recaption_export::{DataType, DecoderDims, Manifest, Target, VisionDims};
 
 use crate::error::{Error, Result};
 use crate::model::kv_cache::CacheShape;
@@ -35,6 +35,29 @@ pub(crate) struct Wanted {
     pub(crate) max_vision_batch: usize,
 }
 
+/// Most captions in flight when the user does not say: on a CPU more bring little.
+const DEFAULT_SLOTS: usize = 16;
+/// The same of one engine with a bundle of target cpu, whose products gain up to twice as many.
+const OWN_OPERATORS_SLOTS: usize = 32;
+const DEFAULT_VISION_BATCH: usize = 4;
+/// Most captions in flight on a GPU when the user does not say: beyond, a step takes longer by as much as it does more
+/// (roofline of an H100: 989 TFLOP/s over 3.35 TB/s is 295 tokens a weight read).
+const MAX_GPU_SLOTS: usize = 256;
+/// Most images encoded and prefilled at once there: 16 x 640 tokens fill a GPU, more only make decode steps wait.
+const MAX_GPU_VISION_BATCH: usize = 16;
+
+impl Wanted {
+    /// What an engine gets where the user says nothing.
+    pub(crate) fn by_default(is_gpu: bool, target: Target) -> Self {
+        let (max_slots, max_vision_batch) = match (is_gpu, target) {
+            (true, _) => (MAX_GPU_SLOTS, MAX_GPU_VISION_BATCH),
+            (false, Target::Cpu) => (OWN_OPERATORS_SLOTS, 1),
+            (false, Target::Ort | Target::TensorRt) => (DEFAULT_SLOTS, DEFAULT_VISION_BATCH),
+        };
+        Self { num_slots: None, vision_batch: None, max_slots, max_vision_batch }
+    }
+}
+
 /// The choice, with its reasons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
@@ -42,9 +65,44 @@ pub(crate) struct MemoryPlan {
     pub(crate) vision_batch: usize,
     /// What one engine may use.
     pub(crate) budget_bytes: u64,
-    weight_bytes: u64,
-    bytes_per_slot: u64,
-    workspace_bytes: u64,
+    pub(crate) weight_bytes: u64,
+    pub(crate) bytes_per_slot: u64,
+    pub(crate) workspace_bytes: u64,
+}
+
+/// What a plan needs to know of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ModelSizes {
+    pub(crate) vision: VisionDims,
+    pub(crate) decoder: DecoderDims,
+    /// Of a value between the decoder's layers.
+    pub(crate) activation_bytes: usize,
+    /// Of the weights of vision tower and projector.
+    pub(crate) vision_bytes: u64,
+    /// Of the decoder's weights.
+    pub(crate) decoder_bytes: u64,
+    pub(crate) cache: CacheShape,
+}
+
+impl ModelSizes {
+    /// # Errors
+    /// [`Error::Setting`] without a KV cache of the expected form.
+    pub(crate) fn of(manifest: &Manifest) -> Result<Self> {
+        let graph_bytes = |file: &str| {
+            let data = format!("{file}.data");
+            let files = manifest.header.files.iter().filter(|entry| entry.path == file || entry.path == data);
+            files.map(|entry| entry.size).sum::<u64>()
+        };
+        let graphs = &manifest.graphs;
+        Ok(Self {
+            vision: manifest.vision.clone(),
+            decoder: manifest.decoder.clone(),
+            activation_bytes: manifest.header.activations.size(),
+            vision_bytes: graph_bytes(&graphs.vision_tower.file) + graph_bytes(&graphs.projector.file),
+            decoder_bytes: graph_bytes(&graphs.decoder.file),
+            cache: CacheShape::of(manifest)?,
+        })
+    }
 }
 
 /// Bytes that a bundle needs.
@@ -59,19 +117,10 @@ struct Demand {
 }
 
 impl Demand {
-    fn of(manifest: &Manifest, memory: DeviceMemory, prompt: usize, max_length: usize) -> Result<Self> {
-        let graph_bytes = |file: &str| {
-            let data = format!("{file}.data");
-            let files = manifest.header.files.iter().filter(|entry| entry.path == file || entry.path == data);
-            files.map(|entry| entry.size).sum::<u64>()
-        };
-        let graphs = &manifest.graphs;
-        let decoder_bytes = graph_bytes(&graphs.decoder.file);
-        let weight_bytes = graph_bytes(&graphs.vision_tower.file)
-            + graph_bytes(&graphs.projector.file)
-            + decoder_bytes * (1 + u64::from(memory.has_two_decoders));
-        let (vision, decoder) = (&manifest.vision, &manifest.decoder);
-        let float = manifest.header.activations.size();
+    fn of(model: &ModelSizes, memory: DeviceMemory, prompt: usize, max_length: usize) -> Self {
+        let ModelSizes { vision, decoder, activation_bytes: float, .. } = model;
+        let float = *float;
+        let weight_bytes = model.vision_bytes + model.decoder_bytes * (1 + u64::from(memory.has_two_decoders));
         let vision_tokens = (vision.image_size / vision.patch_size.max(1)).pow(2) + 1;
         // Hidden states, an MLP's inner ones, and the scores of heads of usual width.
         let vision_workspace = vision_tokens
@@ -83,12 +132,12 @@ impl Demand {
         let per_token = (4 * decoder.hidden_size + 2 * decoder.intermediate_size + qkv) * float + scores;
         let logits = decoder.vocab_size * (DataType::F32.size() + float);
         let with_margin = |bytes: usize| (bytes as f64 * WORKSPACE_MARGIN) as u64;
-        Ok(Self {
+        Self {
             weight_bytes,
-            bytes_per_slot: CacheShape::of(manifest)?.bytes_per_slot(max_length) as u64,
+            bytes_per_slot: model.cache.bytes_per_slot(max_length) as u64,
             workspace_per_image: with_margin(vision_workspace.max(prompt * per_token)),
             workspace_per_slot: with_margin(per_token + logits),
-        })
+        }
     }
 
     fn workspace(&self, num_slots: usize, vision_batch: usize) -> u64 {
@@ -103,12 +152,12 @@ impl MemoryPlan {
     /// [`Error::Setting`] when a GPU has not even room for one caption, or not for what the user asked. On a CPU weights are
     /// mapped and memory is shared with all else, so that there a plan is only advice.
     pub(crate) fn new(
-        manifest: &Manifest,
+        model: &ModelSizes,
         memory: DeviceMemory,
         wanted: Wanted,
         (prompt, max_length): (usize, usize),
     ) -> Result<Self> {
-        Self::fit(Demand::of(manifest, memory, prompt, max_length)?, memory, wanted)
+        Self::fit(Demand::of(model, memory, prompt, max_length), memory, wanted)
     }
 
     fn fit(demand: Demand, memory: DeviceMemory, wanted: Wanted) -> Result<Self> {
@@ -144,7 +193,7 @@ impl MemoryPlan {
         Err(Error::Setting { reason: format!("the model does not fit into the GPU's memory: {plan}"), hint })
     }
 
-    fn total_bytes(&self) -> u64 {
+    pub(crate) fn total_bytes(&self) -> u64 {
         self.weight_bytes + self.num_slots as u64 * self.bytes_per_slot + self.workspace_bytes
     }
 }

@@ -1,7 +1,10 @@
 //! One caption in the making: its ids so far, and when it ends.
 
+use serde::{Deserialize, Serialize};
+
 /// Why a caption ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum FinishReason {
     /// A stop token came.
     Stop,

@@ -15,7 +15,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use crossbeam::select;
 
+use crate::console::print_warning;
 use crate::error::{Error, Result};
+use crate::live;
 use crate::model::sequence::{FinishReason, Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
 pub(crate) use crate::pipeline::engine::failing::Failing;
@@ -24,7 +26,7 @@ pub(crate) use crate::pipeline::engine::returns::Returns;
 use crate::pipeline::generate::{Generator, GeneratorOptions};
 use crate::pipeline::panic_message;
 use crate::pipeline::preprocess::{PixelValues, PreprocessedImage};
-use crate::pipeline::progress::{Progress, print_line};
+use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Generated, Message, Row};
 use crate::pipeline::vision::{VisionEncoder, VisionOptions, decoder_device};
 use crate::profile::recorder;
@@ -304,7 +306,8 @@ pub(crate) fn run(
     };
     let images = captioner.abandon();
     let failure = format!("{} failed: {reason}", channels.name);
-    print_line(&format!("warning: {failure}; the other engines go on with its {} images in flight", images.len()));
+    print_warning(&format!("{failure}; the other engines go on with its {} images in flight", images.len()));
+    live::lose_engine();
     channels.failures.lock().expect("bug: no engine panics with the lock held").push(failure);
     for mut image in images {
         image.num_failures += 1;

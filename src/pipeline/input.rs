@@ -1,19 +1,23 @@
-//! What the user names as input: image files, folders, webdataset tars, brace ranges, `-` for paths on standard input.
+//! What the user names as input: image files, folders, webdataset tars, Parquet files, on this machine or in an object store,
+//! brace ranges of them, `-` for paths and URLs on standard input.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::storage::{Failure, Location};
 
 /// One input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
     /// An image file.
-    Image(PathBuf),
-    /// A folder, searched recursively.
-    Folder(PathBuf),
+    Image(Location),
+    /// A folder, searched recursively, or a prefix of objects.
+    Folder(Location),
     /// A webdataset tar, gzip-compressed or not.
-    Tar(PathBuf),
-    /// Image paths on standard input, one a line.
+    Tar(Location),
+    /// A Parquet file with a column of images.
+    Parquet(Location),
+    /// Paths and URLs of images on standard input, one a line.
     StandardInput,
 }
 
@@ -27,10 +31,12 @@ pub fn is_image_extension(extension: &str) -> bool {
 }
 
 impl Input {
-    /// Expands brace ranges in `text` and tells each input's kind by what is on disk.
+    /// Expands brace ranges in `text` and tells each input's kind: of a path by what is on disk, of a URL by its name. Of the
+    /// URLs of a range the first is looked at, so that wrong credentials are told before a model is loaded.
     ///
     /// # Errors
-    /// [`Error::Input`] when something does not exist or is of no kind that is read.
+    /// [`Error::Input`] when something does not exist or is of no kind that is read, [`Error::Storage`] when an object store
+    /// refuses.
     pub fn parse(text: &str) -> Result<Vec<Self>> {
         if text == "-" {
             return Ok(vec![Self::StandardInput]);
@@ -43,7 +49,15 @@ impl Input {
             reason,
             hint: "a brace range is two numbers of one width, such as {00000..00012}",
         })?;
-        expanded.iter().map(|path| Self::from_path(Path::new(path))).collect()
+        let inputs = expanded.iter().map(|text| match Location::parse(text)? {
+            Location::Local(path) => Self::from_path(&path),
+            location => Self::from_url(location, text.ends_with('/')),
+        });
+        let inputs: Vec<Self> = inputs.collect::<Result<_>>()?;
+        if let Some(first) = inputs.first() {
+            first.look()?;
+        }
+        Ok(inputs)
     }
 
     fn from_path(path: &Path) -> Result<Self> {
@@ -53,25 +67,77 @@ impl Input {
         let Ok(metadata) = std::fs::metadata(path) else {
             return refuse("no such file or folder", "check the path; a range looks like {00000..00012}");
         };
+        let location = Location::from(path);
         if metadata.is_dir() {
-            return Ok(Self::Folder(path.to_owned()));
+            return Ok(Self::Folder(location));
         }
-        let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        match Self::by_name(location) {
+            Ok(input) => Ok(input),
+            Err(_) => refuse(
+                "not an image, a folder, a tar or a parquet file, by its name",
+                "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp, webdataset shards in .tar, .tar.gz or .tgz",
+            ),
+        }
+    }
+
+    fn from_url(location: Location, is_folder: bool) -> Result<Self> {
+        let location = if is_folder { Err(location) } else { Self::by_name(location) };
+        match location {
+            Ok(input) => Ok(input),
+            Err(location) if location.is_listable() => Ok(Self::Folder(location)),
+            // Addresses of images often say nothing of their format.
+            Err(location) if !is_folder && !location.file_name().is_empty() => Ok(Self::Image(location)),
+            Err(location) => Err(Error::Input {
+                input: location.to_string(),
+                reason: "web servers cannot be listed".to_owned(),
+                hint: "give the addresses of its files, on standard input if they are many",
+            }),
+        }
+    }
+
+    /// The kind that the name tells, or the location back.
+    fn by_name(location: Location) -> Result<Self, Location> {
+        let name = location.file_name().to_ascii_lowercase();
         if [".tar", ".tar.gz", ".tgz"].iter().any(|suffix| name.ends_with(suffix)) {
-            return Ok(Self::Tar(path.to_owned()));
+            return Ok(Self::Tar(location));
         }
-        if name.rsplit_once('.').is_some_and(|(_, extension)| is_image_extension(extension)) {
-            return Ok(Self::Image(path.to_owned()));
+        match name.rsplit_once('.') {
+            Some((_, "parquet")) => Ok(Self::Parquet(location)),
+            Some((_, extension)) if is_image_extension(extension) => Ok(Self::Image(location)),
+            _ => Err(location),
         }
-        refuse(
-            "not an image, a folder or a tar, by its name",
-            "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp, webdataset shards in .tar, .tar.gz or .tgz",
-        )
+    }
+
+    /// Asks an object store whether the input is there.
+    fn look(&self) -> Result<()> {
+        let refuse = |location: &Location, hint| {
+            Err(Error::Input { input: location.to_string(), reason: "no such object".to_owned(), hint })
+        };
+        match self {
+            Self::Folder(Location::Object(prefix)) => match prefix.list()?.next() {
+                Some(found) => found.map(|_| ()),
+                None => refuse(&Location::Object(prefix.clone()), "nothing lies below this prefix"),
+            },
+            Self::Image(location @ Location::Object(_))
+            | Self::Tar(location @ Location::Object(_))
+            | Self::Parquet(location @ Location::Object(_)) => {
+                match location.exists() {
+                    Ok(true) => Ok(()),
+                    Ok(false) => refuse(location, "check the URL; a range looks like {00000..00012}"),
+                    // Not every web server answers this question: the reading will tell.
+                    Err(Error::Storage {
+                        failure: Failure::Other | Failure::Unsupported | Failure::Server, ..
+                    }) if !location.is_listable() => Ok(()),
+                    Err(error) => Err(error),
+                }
+            }
+            _ => Ok(()),
+        }
     }
 }
 
 /// `shards/{00000..00012}.tar` to its 13 paths; several ranges multiply; text without one stays as it is.
-fn expand_braces(text: &str) -> Result<Vec<String>, String> {
+pub(crate) fn expand_braces(text: &str) -> Result<Vec<String>, String> {
     const MAX_PATHS: u64 = 10_000_000;
     let Some((before, rest)) = text.split_once('{') else { return Ok(vec![text.to_owned()]) };
     let (range, after) = rest.split_once('}').ok_or("a `{` has no `}`")?;

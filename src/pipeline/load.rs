@@ -5,6 +5,7 @@
 //! replicated, palettes are expanded, alpha is dropped. Must never allocate for a picture above the
 //! limits, never let a decoder's panic through, and never return part of a truncated picture.
 
+mod bmp;
 mod gif;
 mod jpeg;
 mod probe;
@@ -17,11 +18,13 @@ use crossbeam::channel::{Receiver, Sender};
 use image::codecs::{bmp::BmpDecoder, png::PngDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageError};
-use recaption_export::hex;
+use recaption_export::{Preprocessing, hex};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use crate::pipeline::panic_message;
+use crate::pipeline::pool::SamplePool;
+use crate::pipeline::preprocess::max_reduction;
 use crate::pipeline::row::{Message, RowDraft};
 use crate::pipeline::source::ImageRecord;
 use crate::profile::recorder::{self, Work};
@@ -40,15 +43,15 @@ pub(crate) fn run(
     records: &Receiver<ImageRecord>,
     loaded: &Sender<LoadedImage>,
     rows: &Sender<Message>,
-    limits: &LoadLimits,
+    mut loader: Loader,
+    pool: &SamplePool,
 ) {
     while let Some(ImageRecord { mut draft, bytes }) = recorder::receive(records) {
         Stage::Load.enter();
         draft.times.is_taken(Stage::Load);
         let begun = recorder::begin();
         draft.image_sha256 = Some(hex(&Sha256::digest(&bytes)));
-        draft.dimensions = stored_dimensions(&bytes);
-        let image = load(&bytes, limits);
+        let image = loader.load(&bytes, pool.take());
         begun.end(Stage::Load, Work::IMAGE);
         draft.times.is_queued();
         let is_sent = match image {
@@ -56,7 +59,10 @@ pub(crate) fn run(
                 draft.dimensions = Some((image.stored_width, image.stored_height));
                 recorder::send(loaded, LoadedImage { draft, image }).is_ok()
             }
-            Err(reason) => recorder::send(rows, draft.fail(Stage::Load, reason).into()).is_ok(),
+            Err(reason) => {
+                draft.dimensions = stored_dimensions(&bytes);
+                recorder::send(rows, draft.fail(Stage::Load, reason).into()).is_ok()
+            }
         };
         // A closed channel means that the run is failing elsewhere.
         if !is_sent {
@@ -76,6 +82,10 @@ pub struct LoadLimits {
     pub max_alloc_bytes: u64,
 }
 
+/// Scans of a JPEG whose pixels are at the limit; smaller pictures may have more, up to [`MAX_SCANS`].
+const MAX_PASSES: u64 = 16;
+const MAX_SCANS: u64 = 1000;
+
 impl Default for LoadLimits {
     fn default() -> Self {
         Self { max_pixels: 178_956_970, max_alloc_bytes: 1 << 30 }
@@ -90,6 +100,18 @@ impl LoadLimits {
             return Err(LoadError::TooManyPixels { width, height, num_pixels, max_pixels });
         }
         Ok(())
+    }
+
+    /// A progressive JPEG may say next to nothing in each of a hundred thousand scans, and every one of them is a pass over
+    /// the picture. Real ones have about ten.
+    fn check_scans(&self, jpeg: &[u8]) -> Result<(), LoadError> {
+        let Some(header) = probe::JpegHeader::read(jpeg) else { return Ok(()) };
+        let num_pixels = u64::from(header.width) * u64::from(header.height);
+        let max_scans = (self.max_pixels.saturating_mul(MAX_PASSES) / num_pixels.max(1)).clamp(MAX_PASSES, MAX_SCANS);
+        match probe::count_scans(jpeg, &header) {
+            num_scans if num_scans > max_scans => Err(LoadError::TooManyScans { num_scans, max_scans }),
+            _ => Ok(()),
+        }
     }
 
     fn check_bytes(&self, num_bytes: u64) -> Result<(), LoadError> {
@@ -107,8 +129,10 @@ pub struct RgbImage {
     pub width: u32,
     /// Height of the upright picture.
     pub height: u32,
-    /// [height, width, 3], sRGB samples of 8 bits (colour profiles are not applied).
+    /// [height / reduction, width / reduction, 3], rounded up; sRGB samples of 8 bits (colour profiles are not applied).
     pub pixels: Vec<u8>,
+    /// Each of `pixels` is the mean of a square of that many pixels a side: 1, or more where a smaller picture was asked for.
+    pub reduction: u32,
     /// Width in the file, before the EXIF orientation was applied.
     pub stored_width: u32,
     /// Height in the file, before the EXIF orientation was applied.
@@ -137,6 +161,9 @@ pub enum LoadError {
          raise the limit if the image is genuine"
     )]
     TooManyBytes { num_bytes: u64, max_bytes: u64 },
+    /// A JPEG that would be passed over too often.
+    #[error("JPEG image of {num_scans} scans, above the limit of {max_scans} for its size; save it anew")]
+    TooManyScans { num_scans: u64, max_scans: u64 },
     /// The file ends before the picture does.
     #[error("truncated {format} image (ends after {num_bytes} bytes); fetch it again")]
     Truncated { format: Format, num_bytes: usize },
@@ -160,7 +187,7 @@ struct Stored {
     orientation: Orientation,
 }
 
-/// Decodes one file into upright RGB.
+/// Decodes one file into upright RGB, at its full size.
 ///
 /// Of an animation only the first frame is decoded. 16-bit samples keep their high byte.
 ///
@@ -168,35 +195,85 @@ struct Stored {
 ///
 /// Every way in which the bytes are not a complete, supported image within `limits`.
 pub fn load(bytes: &[u8], limits: &LoadLimits) -> Result<RgbImage, LoadError> {
-    if bytes.is_empty() {
-        return Err(LoadError::Empty);
+    Loader::new(limits.clone(), None).load(bytes, Vec::new())
+}
+
+/// Decodes files one after another, with memory that is kept between them.
+pub struct Loader {
+    limits: LoadLimits,
+    /// What the pictures are loaded for: they may come reduced as far as that does not show.
+    preprocessing: Option<Preprocessing>,
+    jpeg: jpeg::Scratch,
+}
+
+impl Loader {
+    /// With `preprocessing`, large pictures may come reduced ([`RgbImage::reduction`]), as far as the result of that is the same
+    /// but for rounding.
+    #[must_use]
+    pub fn new(limits: LoadLimits, preprocessing: Option<Preprocessing>) -> Self {
+        Self { limits, preprocessing, jpeg: jpeg::Scratch::default() }
     }
-    let Some(format) = probe::sniff(bytes) else {
-        let start = bytes[..bytes.len().min(4)].escape_ascii().to_string();
-        return Err(LoadError::NotAnImage { start });
-    };
-    // Third-party decoders read untrusted bytes here: one panic must cost one row, not the run.
-    // Nothing that they touched outlives the call, so no broken state can be observed.
-    let decoded = catch_unwind(AssertUnwindSafe(|| {
-        if let Some(dimensions) = probe::dimensions(format, bytes) {
-            limits.check_pixels(dimensions)?;
+
+    /// As [`load`]; `memory`, whatever it holds, may become the picture's pixels.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`].
+    pub fn load(&mut self, bytes: &[u8], mut memory: Vec<u8>) -> Result<RgbImage, LoadError> {
+        if bytes.is_empty() {
+            return Err(LoadError::Empty);
         }
-        match format {
-            Format::Jpeg => jpeg::decode(bytes, limits),
-            Format::Gif => gif::decode(bytes, limits),
-            // libwebp refuses a file that is shorter than its container says; image-webp does not
-            // notice where the first frame is complete.
-            Format::WebP if probe::riff_end(bytes).is_some_and(|end| end > bytes.len() as u64) => {
-                Err(LoadError::Truncated { format, num_bytes: bytes.len() })
+        let Some(format) = probe::sniff(bytes) else {
+            let start = bytes[..bytes.len().min(4)].escape_ascii().to_string();
+            return Err(LoadError::NotAnImage { start });
+        };
+        let Self { limits, preprocessing, jpeg } = self;
+        let reduction = |width, height| preprocessing.as_ref().map_or(1, |to| max_reduction(to, width, height));
+        // Decoders read untrusted bytes here: one panic must cost one row, not the run. Nothing that they touched outlives the
+        // call but the memory that is given up then, so no broken state can be observed.
+        let decoded = catch_unwind(AssertUnwindSafe(|| {
+            let plain = match format {
+                Format::Jpeg => jpeg::decode_plain(bytes, limits, &reduction, jpeg, &mut memory),
+                _ => None,
+            };
+            if let Some((stored, reduction)) = plain {
+                return Ok(upright(stored, reduction));
             }
-            _ => decode(format, bytes, limits),
-        }
-    }));
-    let stored = decoded.unwrap_or_else(|panic| {
-        let message = panic_message(panic.as_ref());
-        Err(LoadError::DecoderPanicked { format, message })
-    })?;
-    Ok(upright(stored))
+            if let Some(dimensions) = probe::dimensions(format, bytes) {
+                limits.check_pixels(dimensions)?;
+            }
+            let stored = match format {
+                Format::Jpeg => {
+                    limits.check_scans(bytes)?;
+                    jpeg::decode(&probe::without_short_app14(bytes), limits)
+                }
+                Format::Gif => gif::decode(bytes, limits),
+                // libwebp refuses a file that is shorter than its container says; image-webp does not
+                // notice where the first frame is complete.
+                Format::WebP if probe::riff_end(bytes).is_some_and(|end| end > bytes.len() as u64) => {
+                    Err(LoadError::Truncated { format, num_bytes: bytes.len() })
+                }
+                _ => decode(format, bytes, limits),
+            };
+            stored.map(|stored| upright(stored, 1))
+        }));
+        decoded.unwrap_or_else(|panic| {
+            self.jpeg = jpeg::Scratch::default();
+            let message = panic_message(panic.as_ref());
+            Err(LoadError::DecoderPanicked { format, message })
+        })
+    }
+}
+
+/// Extension of the file's format, told by content: `jpg`, `png`, `webp`, `gif` or `bmp`.
+pub(crate) fn extension(bytes: &[u8]) -> Option<&'static str> {
+    Some(match probe::sniff(bytes)? {
+        Format::Jpeg => "jpg",
+        Format::Png => "png",
+        Format::WebP => "webp",
+        Format::Gif => "gif",
+        Format::Bmp => "bmp",
+    })
 }
 
 /// Reads (width, height) as stored, from the header alone: also for files that do not decode.
@@ -207,6 +284,8 @@ pub fn stored_dimensions(bytes: &[u8]) -> Option<(u32, u32)> {
 
 /// Decodes PNG, WebP and BMP through the `image` crate.
 fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, LoadError> {
+    let (bytes, is_turned) = if format == Format::Bmp { bmp::normalised(bytes) } else { (bytes.into(), false) };
+    let bytes = &*bytes;
     let input = Cursor::new(bytes);
     let mut decoder_limits = image::Limits::no_limits();
     decoder_limits.max_alloc = Some(limits.max_alloc_bytes);
@@ -226,10 +305,15 @@ fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, L
     // Broken metadata must not cost the picture: Pillow shows it unrotated then.
     let exif = decoder.exif_metadata().ok().flatten();
     let xmp = decoder.xmp_metadata().ok().flatten();
+    let exif = exif.or_else(|| if format == Format::Png { probe::png_raw_exif(bytes) } else { None });
     let orientation = orientation_of(exif.as_deref(), xmp.as_deref());
     let color_type = decoder.color_type();
     let mut samples = vec![0; decoder.total_bytes() as usize];
     decoder.read_image(&mut samples).map_err(to_error)?;
+    if is_turned {
+        let num_bytes = samples.len() / (height as usize).max(1);
+        samples = samples.rchunks_exact(num_bytes.max(1)).flatten().copied().collect();
+    }
     let Some(pixels) = to_rgb8(samples, color_type) else {
         return Err(LoadError::Unsupported { format, feature: format!("{color_type:?} samples") });
     };
@@ -294,19 +378,24 @@ fn orientation_of(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Option<Orientation
     })
 }
 
-fn upright(stored: Stored) -> RgbImage {
-    let Stored { width, height, pixels, orientation } = stored;
-    let (stored_width, stored_height) = (width, height);
+fn upright(stored: Stored, reduction: u32) -> RgbImage {
+    let Stored { width: stored_width, height: stored_height, pixels, orientation } = stored;
     if orientation == Orientation::NoTransforms {
-        return RgbImage { width, height, pixels, stored_width, stored_height };
+        let (width, height) = (stored_width, stored_height);
+        return RgbImage { width, height, pixels, reduction, stored_width, stored_height };
     }
-    let buffer = image::RgbImage::from_raw(width, height, pixels)
+    let [columns, rows] = [stored_width, stored_height].map(|side| side.div_ceil(reduction));
+    let buffer = image::RgbImage::from_raw(columns, rows, pixels)
         .expect("bug: the decoder's buffer does not match its dimensions");
     let mut turned = DynamicImage::ImageRgb8(buffer);
     turned.apply_orientation(orientation);
     let turned = turned.into_rgb8();
-    let (width, height) = turned.dimensions();
-    RgbImage { width, height, pixels: turned.into_raw(), stored_width, stored_height }
+    // A side changes by a turn only.
+    let (width, height) = match turned.dimensions() == (columns, rows) {
+        true => (stored_width, stored_height),
+        false => (stored_height, stored_width),
+    };
+    RgbImage { width, height, pixels: turned.into_raw(), reduction, stored_width, stored_height }
 }
 
 fn decode_error(format: Format, bytes: &[u8], error: &ImageError) -> LoadError {

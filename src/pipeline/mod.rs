@@ -17,13 +17,12 @@ pub(crate) mod pool;
 pub mod preprocess;
 pub(crate) mod progress;
 pub mod row;
-pub(crate) mod source;
+pub mod source;
 pub(crate) mod vision;
 pub mod write;
 
 use std::any::Any;
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -39,12 +38,15 @@ use crate::pipeline::engine::{
     Captioner, Engine, EngineChannels, EngineOptions, Failing, ImageCaptioner, Injection, Returns,
 };
 use crate::pipeline::input::Input;
-use crate::pipeline::load::LoadLimits;
-use crate::pipeline::pool::BufferPool;
+use crate::pipeline::load::{LoadLimits, Loader};
+use crate::pipeline::pool::{BufferPool, SamplePool};
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
-use crate::pipeline::source::{SourceChannels, SourceOptions, SourceReport};
-use crate::pipeline::write::{Counts, FinishedShard, Sink, WriteOptions};
+use crate::pipeline::source::limits::SourceLimits;
+use crate::pipeline::source::{Part, SourceChannels, SourceOptions, SourceReport};
+use crate::pipeline::write::failures::MaxFailures;
+use crate::pipeline::write::output::Output;
+use crate::pipeline::write::{Counts, Sink, WriteOptions, WriteReport};
 use crate::profile::recorder::Recorder;
 use crate::stage::Stage;
 
@@ -54,6 +56,8 @@ const MAX_QUEUED_RECORDS: usize = 64;
 const MAX_QUEUED_LOADED_PER_THREAD: usize = 1;
 /// Rows that wait for the write stage.
 const MAX_QUEUED_ROWS: usize = 1024;
+/// The same where they carry their images.
+const MAX_QUEUED_ROWS_WITH_IMAGES: usize = 32;
 
 /// A run, ready to start: everything in it is validated.
 pub struct RunOptions {
@@ -71,8 +75,10 @@ pub struct RunOptions {
     pub num_load_threads: usize,
     /// What one image may cost.
     pub load_limits: LoadLimits,
-    /// Largest image file that is read.
-    pub max_image_bytes: u64,
+    /// What the inputs may cost before that.
+    pub source_limits: SourceLimits,
+    /// The column of Parquet inputs that holds the images, where it cannot be told by itself.
+    pub image_column: Option<String>,
     /// Most images to caption.
     pub limit: Option<usize>,
     /// Whether rows carry their token ids.
@@ -81,6 +87,10 @@ pub struct RunOptions {
     pub quiet: bool,
     /// An engine that is to fail, for tests.
     pub injection: Option<Injection>,
+    /// When the run is given up.
+    pub max_failures: Option<MaxFailures>,
+    /// The share of the shards to do.
+    pub part: Option<Part>,
     /// Raised by the user: finish what is in flight, then end.
     pub interrupt: Arc<AtomicBool>,
     /// Where the stages' times go, if anywhere.
@@ -111,9 +121,12 @@ pub struct Summary {
     /// The user ended the run before its input was read to the end.
     #[serde(skip)]
     pub is_interrupted: bool,
-    /// Captions made that were not written, since the interruption left their shard unfinished.
+    /// Finished rows of shards that are not whole: they are in the journal, and the next run goes on after them.
     #[serde(skip)]
-    pub num_discarded: u64,
+    pub num_journaled: u64,
+    /// Shards that other processes have in work.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub busy_shards: Vec<String>,
 }
 
 /// A run whose model is loaded.
@@ -155,23 +168,34 @@ impl LoadedRun {
     pub fn run(self) -> Result<Summary> {
         let Self { options, engines, tokenizer, load_seconds } = self;
         let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
-        let finished = write::finished_shards(&options.sink, prompt_tokens)?;
+        let output = match &options.sink {
+            Sink::Folder(folder) => Some(Output::open(folder.clone(), prompt_tokens, options.with_token_ids)?),
+            Sink::StandardOutput => None,
+        };
+        let earlier = output.as_ref().map(Output::count).transpose()?.unwrap_or_default();
         let progress = Arc::new(Progress::new());
-        let stages = run_stages(&options, engines, tokenizer, &finished, &progress)?;
-        let StagesReport { source: report, committed, num_discarded, failed_engines } = stages;
+        let stages = run_stages(&options, engines, tokenizer, (output.as_ref(), earlier.rows), &progress)?;
+        let StagesReport { source: report, written, failed_engines } = stages;
         let run_seconds = progress.elapsed().as_secs_f64();
-        let mut counts = committed;
-        finished.values().for_each(|shard| counts.add(shard.counts));
+        let counts = match &output {
+            Some(output) => {
+                output.tidy();
+                output.count()?
+            }
+            None => written.done.clone().with_prompt_tokens(prompt_tokens),
+        };
+        let num_earlier_rows = output.as_ref().map_or(0, |_| counts.rows.saturating_sub(written.num_committed));
         Ok(Summary {
             counts,
             load_seconds,
             run_seconds,
-            images_per_second: committed.rows as f64 / run_seconds.max(1e-9),
-            num_earlier_rows: finished.values().map(|shard| shard.counts.rows).sum(),
+            images_per_second: written.done.rows as f64 / run_seconds.max(1e-9),
+            num_earlier_rows,
             damaged_inputs: report.damaged.iter().map(describe_damage).collect(),
             failed_engines,
             is_interrupted: report.is_cut_short,
-            num_discarded,
+            num_journaled: written.num_journaled,
+            busy_shards: report.busy,
         })
     }
 }
@@ -187,8 +211,7 @@ fn describe_damage(error: &Error) -> String {
 /// What the stages leave when all of them have ended well.
 struct StagesReport {
     source: SourceReport,
-    committed: Counts,
-    num_discarded: u64,
+    written: WriteReport,
     failed_engines: Vec<String>,
 }
 
@@ -196,7 +219,7 @@ fn run_stages(
     options: &RunOptions,
     engines: Vec<Box<dyn Captioner>>,
     tokenizer: Tokenizer,
-    finished: &HashMap<String, FinishedShard>,
+    (output, num_earlier_rows): (Option<&Output>, u64),
     progress: &Arc<Progress>,
 ) -> Result<StagesReport> {
     let preprocessing = &options.bundle.manifest.header.preprocessing;
@@ -205,32 +228,38 @@ fn run_stages(
     let (records_in, records_out) = bounded(MAX_QUEUED_RECORDS);
     let (loaded_in, loaded_out) = bounded(MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
     let (preprocessed_in, preprocessed_out) = bounded(max_preprocessed);
-    let (rows_in, rows_out) = bounded(MAX_QUEUED_ROWS);
+    let has_images = output.is_some_and(|output| output.options.format.has_images());
+    let max_rows = if has_images { MAX_QUEUED_ROWS_WITH_IMAGES } else { MAX_QUEUED_ROWS };
+    let (rows_in, rows_out) = bounded(max_rows);
     let pool = BufferPool::new(max_preprocessed + options.num_load_threads, pixel_format);
+    // One is being filled, some wait, one is being read.
+    let samples = SamplePool::new((2 + MAX_QUEUED_LOADED_PER_THREAD) * options.num_load_threads);
     let source_options = SourceOptions {
         inputs: options.inputs.clone(),
-        finished: finished.clone(),
+        output,
+        part: options.part,
         limit: options.limit,
-        max_image_bytes: options.max_image_bytes,
+        limits: options.source_limits.clone(),
+        image_column: options.image_column.clone(),
     };
     let write_options = WriteOptions {
-        sink: options.sink.clone(),
+        output,
         tokenizer,
         with_token_ids: options.with_token_ids,
         prompt_tokens: options.prompt.len(options.bundle.manifest.vision.num_image_tokens),
+        max_failures: options.max_failures,
     };
     let recorder = options.recorder.as_ref();
     if let Some(recorder) = recorder {
         recorder.queue(Stage::Load, MAX_QUEUED_RECORDS);
         recorder.queue(Stage::Preprocess, MAX_QUEUED_LOADED_PER_THREAD * options.num_load_threads);
         recorder.queue(Stage::Vision, max_preprocessed);
-        recorder.queue(Stage::Write, MAX_QUEUED_ROWS);
+        recorder.queue(Stage::Write, max_rows);
     }
     let supervisor = Supervisor::default();
     let failures = Mutex::new(Vec::new());
     if !options.quiet {
-        let num_finished = finished.values().map(|shard| shard.counts.rows).sum();
-        count_in_background(options, num_finished, Arc::clone(progress));
+        count_in_background(options, num_earlier_rows, Arc::clone(progress));
     }
 
     let result = thread::scope(|scope| -> Result<_> {
@@ -249,17 +278,20 @@ fn run_stages(
         })?;
         for i in 0..options.num_load_threads {
             let (records, loaded, rows) = (records_out.clone(), loaded_in.clone(), rows_in.clone());
+            let (loader, memory) =
+                (Loader::new(options.load_limits.clone(), Some(preprocessing.clone())), samples.clone());
             spawn(scope, recorder, format!("{}-{i}", Stage::Load), move || {
                 supervisor.watch(Stage::Load, || {
-                    load::run(&records, &loaded, &rows, &options.load_limits);
+                    load::run(&records, &loaded, &rows, loader, &memory);
                     Ok(())
                 })
             })?;
             let (loaded, preprocessed, rows) = (loaded_out.clone(), preprocessed_in.clone(), rows_in.clone());
-            let (preprocessor, pool) = (Preprocessor::new(preprocessing.clone()), pool.clone());
+            let (preprocessor, pool, memory) =
+                (Preprocessor::new(preprocessing.clone()), pool.clone(), samples.clone());
             spawn(scope, recorder, format!("{}-{i}", Stage::Preprocess), move || {
                 supervisor.watch(Stage::Preprocess, || {
-                    preprocess::run(&loaded, &preprocessed, &rows, preprocessor, &pool);
+                    preprocess::run(&loaded, &preprocessed, &rows, preprocessor, (&pool, &memory));
                     Ok(())
                 })
             })?;
@@ -287,9 +319,9 @@ fn run_stages(
     if let Some(failure) = supervisor.failure.into_inner().expect("bug: no stage panics with the lock held") {
         return Err(failure);
     }
-    let (source, (committed, num_discarded)) = result.expect("bug: a stage ended without a result or a failure");
+    let (source, written) = result.expect("bug: a stage ended without a result or a failure");
     let failed_engines = failures.into_inner().expect("bug: no engine panics with the lock held");
-    Ok(StagesReport { source, committed, num_discarded, failed_engines })
+    Ok(StagesReport { source, written, failed_engines })
 }
 
 /// Ends what goes on beside the stages when the scope is left, however it is left.

@@ -1,5 +1,5 @@
-//! Buffers that go round: `pixel_values` of one image are handed from preprocess to the engine and come back when the
-//! engine has copied them.
+//! Buffers that go round: the pixels of one image are handed from load to preprocess and come back; its `pixel_values` are
+//! handed from preprocess to the engine and come back when the engine has copied them.
 
 use std::sync::Arc;
 
@@ -59,5 +59,34 @@ impl PooledBuffer {
 impl Drop for PooledBuffer {
     fn drop(&mut self) {
         self.give_back();
+    }
+}
+
+/// Memory for the pixels of pictures, of any size.
+#[derive(Clone)]
+pub(crate) struct SamplePool {
+    free: Arc<ArrayQueue<Vec<u8>>>,
+}
+
+/// Most bytes that a free buffer may hold: larger ones (pictures of some 20 megapixels that were not reduced) are rare, and
+/// dropped.
+const MAX_FREE_BYTES: usize = 64 << 20;
+
+impl SamplePool {
+    /// Keeps up to `capacity` free buffers.
+    pub(crate) fn new(capacity: usize) -> Self {
+        Self { free: Arc::new(ArrayQueue::new(capacity.max(1))) }
+    }
+
+    /// A buffer of some length with undefined contents; a new one is empty.
+    pub(crate) fn take(&self) -> Vec<u8> {
+        self.free.pop().unwrap_or_default()
+    }
+
+    /// Keeps a buffer for later.
+    pub(crate) fn give_back(&self, samples: Vec<u8>) {
+        if samples.capacity() <= MAX_FREE_BYTES {
+            let _ = self.free.push(samples);
+        }
     }
 }

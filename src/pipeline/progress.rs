@@ -1,11 +1,12 @@
 //! How far a run is: counters that the stages raise, and the reporter that shows them, as a bar on a terminal and as a
 //! line every ten seconds elsewhere.
 
-use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::console::{self, print_line};
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -16,6 +17,8 @@ pub(crate) struct Progress {
     started: Instant,
     /// Images that this run will do; 0 while that is not known.
     total: AtomicU64,
+    /// Images of shards in progress that earlier runs did.
+    earlier: AtomicU64,
     ok: AtomicU64,
     failed: AtomicU64,
     tokens: AtomicU64,
@@ -27,11 +30,21 @@ impl Progress {
         Self {
             started: Instant::now(),
             total: AtomicU64::new(0),
+            earlier: AtomicU64::new(0),
             ok: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
         }
+    }
+
+    /// Takes out of the total what an earlier run did of a shard that this one finishes.
+    pub(crate) fn add_earlier(&self, count: u64) {
+        self.earlier.fetch_add(count, Ordering::Relaxed);
+    }
+
+    fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed).saturating_sub(self.earlier.load(Ordering::Relaxed))
     }
 
     pub(crate) fn set_total(&self, total: u64) {
@@ -61,7 +74,7 @@ impl Progress {
 
     /// Shows the counters on standard error until [`Self::finish`].
     pub(crate) fn report(&self) {
-        if std::io::stderr().is_terminal() {
+        if console::is_terminal() {
             self.show_bar();
         } else {
             self.write_lines();
@@ -74,7 +87,7 @@ impl Progress {
         let seconds = self.elapsed().as_secs_f64().max(1e-9);
         let rate = rows as f64 / seconds;
         let token_rate = self.tokens.load(Ordering::Relaxed) as f64 / seconds;
-        let total = self.total.load(Ordering::Relaxed);
+        let total = self.total();
         let of_total = if total > 0 { format!("/{total}") } else { String::new() };
         let eta = match total.checked_sub(rows) {
             Some(left) if left > 0 && rate > 0.0 => {
@@ -102,8 +115,9 @@ impl Progress {
         let spinner = ProgressStyle::with_template("{spinner} {wide_msg}").expect("bug: valid template");
         let with_bar = ProgressStyle::with_template("{bar:16} {wide_msg}").expect("bug: valid template");
         bar.set_style(spinner);
+        console::set_bar(Some(bar.clone()));
         while !self.is_over.load(Ordering::Acquire) {
-            let total = self.total.load(Ordering::Relaxed);
+            let total = self.total();
             if total > 0 && bar.length().is_none() {
                 bar.set_length(total);
                 bar.set_style(with_bar.clone());
@@ -112,14 +126,10 @@ impl Progress {
             bar.set_message(self.line());
             std::thread::sleep(BAR_INTERVAL);
         }
+        console::set_bar(None);
         bar.finish_and_clear();
         print_line(&self.line());
     }
-}
-
-/// To standard error; whether anybody reads it is not the run's concern.
-pub(crate) fn print_line(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// `2h05m`, `15m12s` or `8s`.

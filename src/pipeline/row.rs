@@ -4,7 +4,10 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use crate::model::sequence::FinishReason;
+use crate::pipeline::write::output::OpenShard;
 use crate::profile::recorder::ImageTimes;
 use crate::stage::Stage;
 
@@ -51,6 +54,8 @@ pub struct RowDraft {
     pub image_sha256: Option<String>,
     /// When it passed from stage to stage.
     pub times: ImageTimes,
+    /// The bytes as read, where the output has them too.
+    pub image: Option<Bytes>,
 }
 
 impl RowDraft {
@@ -88,8 +93,9 @@ pub struct Failure {
 }
 
 /// What the write stage receives.
-#[derive(Debug)]
 pub(crate) enum Message {
+    /// The source will send rows of a shard of an output folder.
+    ShardBegan { shard: Arc<Shard>, open: Box<OpenShard> },
     /// A row, finished in any order.
     Row(Box<Row>),
     /// The source will send no more rows of a shard.

@@ -4,49 +4,61 @@
 //! shard has. An image that cannot be read is a failed row; an input that cannot be read on is
 //! reported, and the others go on.
 
+mod emitter;
 mod folder;
+mod identity;
+pub mod limits;
+mod parquet;
 mod tar;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::VecDeque;
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 use recaption_export::hex;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::pipeline::input::Input;
-use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
-use crate::pipeline::write::FinishedShard;
-use crate::profile::recorder::{self, Begun, ImageTimes, Work};
-use crate::stage::Stage;
+use crate::pipeline::row::{InputColumns, Message, RowDraft};
+use crate::pipeline::source::emitter::{Emitter, read_file};
+use crate::pipeline::source::limits::SourceLimits;
+use crate::pipeline::write::output::Output;
+use crate::storage::{Failure, Location, Object, PendingRead};
 
 /// Rows of a shard that is made of single files.
 const FILES_PER_SHARD: usize = 10_000;
 /// How often a stage that waits for standard input looks at the stop flags.
 const STOP_INTERVAL: Duration = Duration::from_millis(100);
+/// Most single objects that are read ahead of their turn.
+const MAX_READS_AHEAD: usize = 16;
 /// Name of the shards made of single files that no folder names.
 const IMAGES: &str = "images";
 
 /// An image as read: its row and its bytes.
 pub(crate) struct ImageRecord {
     pub(crate) draft: RowDraft,
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) bytes: Bytes,
 }
 
 /// What the source stage needs to know.
-pub(crate) struct SourceOptions {
+pub(crate) struct SourceOptions<'a> {
     pub(crate) inputs: Vec<Input>,
-    /// The shards that are written already, by name.
-    pub(crate) finished: HashMap<String, FinishedShard>,
+    /// The output folder, which knows the shards that are written already; none for standard output.
+    pub(crate) output: Option<&'a Output>,
+    /// The share of the shards that this run does.
+    pub(crate) part: Option<Part>,
     /// Most images to take, over all inputs.
     pub(crate) limit: Option<usize>,
-    /// Largest image file that is read.
-    pub(crate) max_image_bytes: u64,
+    /// What the inputs may cost.
+    pub(crate) limits: SourceLimits,
+    /// The column of Parquet inputs that holds the images, where it cannot be told by itself.
+    pub(crate) image_column: Option<String>,
 }
 
 /// Where the source stage's output goes, and when it should stop.
@@ -64,62 +76,108 @@ pub(crate) struct SourceReport {
     pub(crate) damaged: Vec<Error>,
     /// A stop flag was raised before everything was read.
     pub(crate) is_cut_short: bool,
+    /// Shards that other processes have, and had again at the end.
+    pub(crate) busy: Vec<String>,
 }
 
-/// Reads all inputs.
+/// A share of the shards, for processes that do not talk to one another: `--part I/N`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which one, from 0.
+    index: usize,
+    count: usize,
+}
+
+impl Part {
+    /// Whether the shard of this number is in it.
+    fn has(self, number: usize) -> bool {
+        number % self.count == self.index
+    }
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    /// `I/N`, from 1 to N.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let numbers = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+        match numbers {
+            Some((index, count)) if (1..=count).contains(&index) => Ok(Self { index: index - 1, count }),
+            _ => Err(format!("expected I/N with I from 1 to N, such as 2/8, got `{text}`")),
+        }
+    }
+}
+
+/// Reads all inputs; those with shards that other processes had, once more at the end.
 ///
 /// # Errors
 /// [`Error::Input`] when a shard of the output was made from another input, [`Error::Io`] when standard input fails.
-pub(crate) fn run(options: SourceOptions, channels: SourceChannels<'_>) -> Result<SourceReport> {
-    let mut emitter = Emitter {
-        channels,
-        finished: options.finished,
-        remaining: options.limit.unwrap_or(usize::MAX),
-        max_image_bytes: options.max_image_bytes,
-        names: HashSet::new(),
-        num_shards: 0,
-        shard: None,
-        num_rows: 0,
-        is_cut_short: false,
-        reading: recorder::begin(),
-    };
+pub(crate) fn run(options: SourceOptions<'_>, channels: SourceChannels<'_>) -> Result<SourceReport> {
+    let mut emitter = Emitter::new(&options, channels);
     let mut damaged = Vec::new();
+    read_all(&options, &mut emitter, &mut damaged)?;
+    let mut busy = emitter.take_busy();
+    if !busy.is_empty() && options.limit.is_none() && !options.inputs.contains(&Input::StandardInput) {
+        // Their process may have ended meanwhile, well or not.
+        let num_damaged = damaged.len();
+        read_all(&options, &mut emitter, &mut damaged)?;
+        damaged.truncate(num_damaged);
+        busy = emitter.take_busy();
+    }
+    Ok(SourceReport { damaged, is_cut_short: emitter.is_cut_short(), busy })
+}
+
+fn read_all(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>, damaged: &mut Vec<Error>) -> Result<()> {
+    let image_column = options.image_column.as_deref();
     let mut loose = FileShards::new(IMAGES.to_owned());
-    for input in options.inputs {
+    let mut first_loose = None;
+    for (index, input) in options.inputs.iter().enumerate() {
         if emitter.is_done() {
             break;
         }
+        let is_loose = matches!(input, Input::Image(_) | Input::StandardInput);
+        match (is_loose, loose.num_files) {
+            (true, 0) => emitter.enter_input(*first_loose.get_or_insert(index), loose.num_shards),
+            (true, _) => {}
+            (false, _) => {
+                loose.end(emitter)?;
+                emitter.enter_input(index, 0);
+            }
+        }
         match input {
-            Input::Image(path) => loose.push(&mut emitter, &path, path.display().to_string())?,
+            Input::Image(location) => loose.push(emitter, location.clone(), location.to_string())?,
             Input::StandardInput => {
-                for line in standard_input_lines(emitter.channels.stop) {
-                    let line = line.map_err(Error::io("read", Path::new("standard input")))?;
+                for line in standard_input_lines(emitter.stop_flags()) {
+                    let Some(line) = line.map_err(Error::io("read", Path::new("standard input")))? else {
+                        // Whoever writes the list may wait for these rows first.
+                        loose.flush(emitter)?;
+                        continue;
+                    };
                     let line = line.strip_suffix(b"\r").unwrap_or(&line);
                     if !line.is_empty() {
-                        loose.push(&mut emitter, &path_of(line), String::from_utf8_lossy(line).into_owned())?;
+                        let location = listed(line)?;
+                        let key = match &location {
+                            Location::Local(_) => String::from_utf8_lossy(line).into_owned(),
+                            Location::Object(_) => location.to_string(),
+                        };
+                        loose.push(emitter, location, key)?;
                     }
                     if emitter.is_done() {
                         break;
                     }
                 }
             }
-            Input::Folder(path) => {
-                loose.end(&mut emitter)?;
-                damaged.extend(folder::run(&path, &mut emitter)?);
-            }
-            Input::Tar(path) => {
-                loose.end(&mut emitter)?;
-                damaged.extend(tar::run(&path, &mut emitter)?);
-            }
+            Input::Folder(location) => damaged.extend(folder::run(location, emitter)?),
+            Input::Tar(location) => damaged.extend(tar::run(location, emitter)?),
+            Input::Parquet(location) => damaged.extend(parquet::run(location, image_column, emitter)?),
         }
     }
-    loose.end(&mut emitter)?;
-    Ok(SourceReport { damaged, is_cut_short: emitter.is_cut_short })
+    loose.end(emitter)
 }
 
-/// Lines of standard input, until its end or a stop flag. A thread of its own reads them: a pipe that stays silent must
+/// Lines of standard input, until its end or a stop flag, and `None` now and then while none comes. A thread of its own reads them: a pipe that stays silent must
 /// not keep the run from ending.
-fn standard_input_lines(stop: [&AtomicBool; 2]) -> impl Iterator<Item = std::io::Result<Vec<u8>>> {
+fn standard_input_lines(stop: [&AtomicBool; 2]) -> impl Iterator<Item = std::io::Result<Option<Vec<u8>>>> {
     let (sender, lines) = bounded(64);
     let read = move || {
         let mut lines = std::io::stdin().lock().split(b'\n');
@@ -128,18 +186,24 @@ fn standard_input_lines(stop: [&AtomicBool; 2]) -> impl Iterator<Item = std::io:
     let started = std::thread::Builder::new().name("stdin".to_owned()).spawn(read);
     let mut failure = started.err().map(Err);
     std::iter::from_fn(move || {
-        loop {
-            if let Some(failure) = failure.take() {
-                return Some(failure);
-            }
-            match lines.recv_timeout(STOP_INTERVAL) {
-                Ok(line) => return Some(line),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) if stop.iter().any(|stop| stop.load(Ordering::Relaxed)) => return None,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
+        if let Some(failure) = failure.take() {
+            return Some(failure);
+        }
+        match lines.recv_timeout(STOP_INTERVAL) {
+            Ok(line) => Some(line.map(Some)),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) if stop.iter().any(|stop| stop.load(Ordering::Relaxed)) => None,
+            Err(RecvTimeoutError::Timeout) => Some(Ok(None)),
         }
     })
+}
+
+/// What a line of standard input names: a URL, or a path.
+fn listed(line: &[u8]) -> Result<Location> {
+    match std::str::from_utf8(line) {
+        Ok(text) if text.contains("://") => Location::parse(text),
+        _ => Ok(Location::Local(path_of(line))),
+    }
 }
 
 /// A path as standard input has it: any bytes on Unix, UTF-8 elsewhere.
@@ -160,116 +224,11 @@ pub(crate) fn count_images(inputs: &[Input]) -> Option<u64> {
         .map(|input| match input {
             Input::Image(_) => Some(1),
             Input::StandardInput => None,
-            Input::Folder(path) => folder::count_images(path),
-            Input::Tar(path) => tar::count_images(path),
+            Input::Folder(location) => folder::count_images(location),
+            Input::Tar(location) => tar::count_images(location),
+            Input::Parquet(location) => parquet::count_images(location),
         })
         .sum()
-}
-
-/// Sends records and keeps the count of rows and shards.
-struct Emitter<'a> {
-    channels: SourceChannels<'a>,
-    finished: HashMap<String, FinishedShard>,
-    remaining: usize,
-    max_image_bytes: u64,
-    /// Shard names in use.
-    names: HashSet<String>,
-    num_shards: usize,
-    shard: Option<Arc<Shard>>,
-    /// Rows of the shard so far.
-    num_rows: usize,
-    /// A stop flag ended the reading.
-    is_cut_short: bool,
-    /// Since the last image was sent.
-    reading: Begun,
-}
-
-impl Emitter<'_> {
-    /// Whether nothing more is wanted.
-    fn is_done(&mut self) -> bool {
-        self.is_cut_short |= self.is_stopped();
-        self.remaining == 0 || self.is_cut_short
-    }
-
-    fn is_stopped(&self) -> bool {
-        self.channels.stop.iter().any(|stop| stop.load(Ordering::Relaxed))
-    }
-
-    /// Starts a shard; two inputs of one name get `-2`, `-3`. Returns what is known of it when it is written already.
-    fn begin(&mut self, name: &str) -> Option<FinishedShard> {
-        let numbered = (2..).map(|number| format!("{name}-{number}"));
-        let mut candidates = std::iter::once(name.to_owned()).chain(numbered);
-        let name = candidates.find(|name| !self.names.contains(name)).expect("bug: numbers do not end");
-        self.names.insert(name.clone());
-        let finished = self.finished.get(&name).cloned();
-        self.shard = finished.is_none().then(|| Arc::new(Shard { index: self.num_shards, name }));
-        self.num_shards += 1;
-        self.num_rows = 0;
-        finished
-    }
-
-    /// Passes over rows of a shard that is written already.
-    fn skip(&mut self, num_rows: usize) {
-        self.remaining = self.remaining.saturating_sub(num_rows);
-    }
-
-    /// Sends one image, or the failed row of an image whose bytes could not be had.
-    fn push(&mut self, input: InputColumns, bytes: Result<Vec<u8>, String>) {
-        let Some(shard) = self.shard.clone().filter(|_| !self.is_done()) else { return };
-        let mut draft = RowDraft {
-            shard,
-            index: self.num_rows,
-            input,
-            dimensions: None,
-            image_sha256: None,
-            times: ImageTimes::default(),
-        };
-        Stage::Source.enter();
-        self.num_rows += 1;
-        self.remaining -= 1;
-        self.reading.end(Stage::Source, Work::IMAGE);
-        draft.times.is_read();
-        draft.times.is_queued();
-        // A closed channel means that the run is failing elsewhere; the stop flag ends this stage.
-        let _ = match bytes {
-            Ok(bytes) => recorder::send(&self.channels.records, ImageRecord { draft, bytes }).map_err(|_| ()),
-            Err(reason) => {
-                recorder::send(&self.channels.rows, draft.fail(Stage::Source, reason).into()).map_err(|_| ())
-            }
-        };
-        self.reading = recorder::begin();
-    }
-
-    /// Ends the shard, unless the run is being stopped: then it is not whole.
-    fn end(&mut self, identity: String) {
-        let Some(shard) = self.shard.take() else { return };
-        if self.is_stopped() {
-            self.is_cut_short = true;
-            return;
-        }
-        let message = Message::ShardEnded { shard, num_rows: self.num_rows, identity: Some(identity) };
-        let _ = self.channels.rows.send(message);
-    }
-
-    /// Leaves a shard that cannot be read to its end: it is not kept.
-    fn abandon(&mut self) {
-        let Some(shard) = self.shard.take() else { return };
-        let _ = self.channels.rows.send(Message::ShardEnded { shard, num_rows: self.num_rows, identity: None });
-    }
-
-    /// Reads a file, within the size limit.
-    fn read_file(&self, path: &Path) -> Result<Vec<u8>, String> {
-        let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
-        self.check_size(size)?;
-        std::fs::read(path).map_err(|error| error.to_string())
-    }
-
-    fn check_size(&self, size: u64) -> Result<(), String> {
-        if size > self.max_image_bytes {
-            return Err(format!("{size} bytes is over the limit of {} (--max-image-bytes)", self.max_image_bytes));
-        }
-        Ok(())
-    }
 }
 
 /// Cuts a stream of files into shards `{name}-{00000}`.
@@ -279,70 +238,133 @@ struct FileShards {
     /// Files of the present shard so far, and the hash of their keys.
     num_files: usize,
     keys: Sha256,
-    /// The present shard if it is written already.
-    finished: Option<FinishedShard>,
+    /// Objects whose turn has not come, but whose bytes may be on their way.
+    ahead: VecDeque<(Object, String, Option<PendingRead>)>,
 }
 
 impl FileShards {
     fn new(name: String) -> Self {
-        Self { name, num_shards: 0, num_files: 0, keys: Sha256::new(), finished: None }
+        Self { name, num_shards: 0, num_files: 0, keys: Sha256::new(), ahead: VecDeque::new() }
     }
 
-    fn push(&mut self, emitter: &mut Emitter<'_>, path: &Path, key: String) -> Result<()> {
+    /// Takes an image. Objects wait until some more are asked for.
+    ///
+    /// # Errors
+    /// As those of [`Emitter::begin`], [`Emitter::push`] and [`Emitter::end`]; [`Error::Storage`] when a bucket gives no
+    /// answer.
+    fn push(&mut self, emitter: &mut Emitter<'_>, location: Location, key: String) -> Result<()> {
+        let object = match location {
+            Location::Local(path) => {
+                self.flush(emitter)?;
+                let max_bytes = emitter.max_image_bytes();
+                return self.send(emitter, key, path.display().to_string(), || Ok(read_file(&path, max_bytes)));
+            }
+            Location::Object(object) => object,
+        };
+        // Whether the bytes are wanted is known within the present shard only.
+        let place = self.num_files + self.ahead.len();
+        let is_wanted = self.num_files > 0 && place < FILES_PER_SHARD && emitter.wants_bytes_after(self.ahead.len());
+        let pending = if is_wanted { Some(object.read_ahead(emitter.max_image_bytes())?) } else { None };
+        self.ahead.push_back((object, key, pending));
+        // The first image opens the shard, which tells what is wanted of it.
+        if self.num_files == 0 || self.ahead.len() > MAX_READS_AHEAD { self.send_first(emitter) } else { Ok(()) }
+    }
+
+    /// Sends what waits.
+    fn flush(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
+        while !self.ahead.is_empty() && !emitter.is_done() {
+            self.send_first(emitter)?;
+        }
+        Ok(())
+    }
+
+    fn send_first(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
+        let Some((object, key, pending)) = self.ahead.pop_front() else { return Ok(()) };
+        let max_bytes = emitter.max_image_bytes();
+        let source = object.to_string();
+        self.send(emitter, key, source, || {
+            let pending = pending.map_or_else(|| object.read_ahead(max_bytes), Ok)?;
+            or_failed_row(&Location::Object(object), pending.wait())
+        })
+    }
+
+    /// Sends an image in its turn; `read` is called where the bytes are wanted, its inner error is a failed row's reason.
+    fn send(
+        &mut self,
+        emitter: &mut Emitter<'_>,
+        key: String,
+        source: String,
+        read: impl FnOnce() -> Result<Result<Bytes, String>>,
+    ) -> Result<()> {
         if self.num_files == 0 {
-            self.finished = emitter.begin(&format!("{}-{:05}", self.name, self.num_shards));
+            // Written or not, the files are counted and their keys hashed: only then is it known whether they are the same.
+            emitter.begin(&format!("{}-{:05}", self.name, self.num_shards), None)?;
             self.num_shards += 1;
         }
         self.num_files += 1;
         self.keys.update(&key);
         self.keys.update([0]);
-        if self.finished.is_some() {
-            emitter.skip(1);
-        } else {
-            let bytes = emitter.read_file(path);
-            let input = InputColumns { key, source: path.display().to_string(), ..InputColumns::default() };
-            emitter.push(input, bytes);
-        }
-        if self.num_files == FILES_PER_SHARD { self.end(emitter) } else { Ok(()) }
+        let bytes = if emitter.wants_bytes() { read()? } else { Err("not read".to_owned()) };
+        emitter.push(InputColumns { key, source, ..InputColumns::default() }, || bytes)?;
+        if self.num_files == FILES_PER_SHARD { self.finish(emitter) } else { Ok(()) }
+    }
+
+    /// Sends what waits, and ends the present shard.
+    ///
+    /// # Errors
+    /// As [`FileShards::push`]'s.
+    fn end(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
+        self.flush(emitter)?;
+        self.finish(emitter)
     }
 
     /// # Errors
-    /// [`Error::Input`] when the shard was written from other files: some would be passed over.
-    fn end(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
-        let num_files = std::mem::take(&mut self.num_files);
-        let identity = hex(&self.keys.finalize_reset());
-        match self.finished.take() {
-            Some(finished) if !emitter.is_stopped() => {
-                let is_same_count = finished.counts.rows == num_files as u64;
-                let is_same = finished.identity.as_ref().is_none_or(|known| *known == identity);
-                if is_same_count && is_same {
-                    return Ok(());
-                }
-                Err(other_input(&self.name, &format!("{}-{:05}", self.name, self.num_shards - 1)))
-            }
-            Some(_) => Ok(()),
-            None => {
-                emitter.end(identity);
-                Ok(())
-            }
+    /// As [`Emitter::end`]'s: some files would be passed over.
+    fn finish(&mut self, emitter: &mut Emitter<'_>) -> Result<()> {
+        if std::mem::take(&mut self.num_files) == 0 {
+            return Ok(());
         }
+        emitter.end(&hex(&self.keys.finalize_reset()))
     }
 }
 
-/// The output holds a shard of this name that was made from other images.
-fn other_input(input: &str, shard: &str) -> Error {
-    Error::Input {
-        input: input.to_owned(),
-        reason: format!("the output has shard `{shard}` of other images"),
-        hint: "images were added, removed or reordered since; choose another --out, or start anew with --overwrite",
-    }
+/// What the reading of an object brought; the inner error is the reason of a failed row.
+///
+/// # Errors
+/// [`Error::Storage`] when a bucket gives no answer at all: rows would fail by the million. A web server is one of many.
+fn or_failed_row(location: &Location, read: Result<Bytes>) -> Result<Result<Bytes, String>> {
+    Ok(match read {
+        Ok(bytes) => Ok(bytes),
+        Err(Error::Storage { failure: Failure::TooLarge, reason, .. }) => Err(format!("{reason} (--max-image-bytes)")),
+        Err(Error::Storage { failure: Failure::NotFound, .. }) => Err("no such object".to_owned()),
+        Err(error) if location.is_writable() => return Err(error),
+        Err(error) => Err(error.to_string()),
+    })
+}
+
+/// Refuses a Parquet input without images before anything is loaded: the first of `inputs` is looked at.
+///
+/// # Errors
+/// [`Error::Input`] with the reason.
+pub(crate) fn check(inputs: &[Input], image_column: Option<&str>) -> Result<()> {
+    let first = inputs.iter().find_map(|input| match input {
+        Input::Parquet(location) => Some(location),
+        _ => None,
+    });
+    first.map_or(Ok(()), |location| parquet::check(location, image_column))
 }
 
 /// Name of a file or folder, for shards: as typed, so that a link keeps its own.
-fn stem(path: &Path) -> String {
+fn stem(location: &Location) -> String {
+    let path = match location {
+        Location::Local(path) => path,
+        Location::Object(_) => {
+            return Some(location.file_name()).filter(|name| !name.is_empty()).unwrap_or_else(|| IMAGES.to_owned());
+        }
+    };
     let named = match path.file_name() {
-        Some(_) => path.to_owned(),
-        None => path.canonicalize().unwrap_or_else(|_| path.to_owned()),
+        Some(_) => path.clone(),
+        None => path.canonicalize().unwrap_or_else(|_| path.clone()),
     };
     named.file_name().map_or_else(|| IMAGES.to_owned(), |name| name.to_string_lossy().into_owned())
 }

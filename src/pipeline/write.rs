@@ -1,207 +1,111 @@
-//! Write: token ids to rows. Detokenizes, puts rows back into input order, and commits a file per shard.
+//! Write: token ids to rows. Detokenizes, puts finished rows into the journal of their shard, and makes a file of a shard
+//! whose rows are all there.
 //!
-//! Rows wait here until their shard is whole (files) or the rows before them are out (standard output). A shard's file
-//! is written under a temporary name and renamed, so that a file that is there is whole.
+//! A file is written under a temporary name and renamed, so that one that is there is whole. On standard output rows wait
+//! for those before them.
 
+pub(crate) mod claim;
+pub mod failures;
+pub mod fault;
+pub(crate) mod journal;
 mod jsonl;
+pub(crate) mod output;
 mod parquet;
+mod webdataset;
+mod written_row;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::Receiver;
-use serde::{Deserialize, Serialize};
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+use recaption_export::hex;
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::live::{self, ShardState};
 use crate::model::Tokenizer;
 use crate::pipeline::progress::Progress;
-use crate::pipeline::row::{Message, Row, Shard};
+use crate::pipeline::row::{Failure, Message, Row, Shard};
+use crate::pipeline::write::failures::MaxFailures;
+use crate::pipeline::write::fault::Operation;
+use crate::pipeline::write::output::{OpenShard, Output};
 use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
 pub use self::jsonl::row_to_json;
-
-/// Format of the files of a run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// One Parquet file per shard, zstd.
-    #[default]
-    Parquet,
-    /// One JSON object a line.
-    Jsonl,
-}
-
-impl Format {
-    fn extension(self) -> &'static str {
-        match self {
-            Self::Parquet => "parquet",
-            Self::Jsonl => "jsonl",
-        }
-    }
-}
+pub use self::output::{Format, OutputOptions};
+pub use self::written_row::{Counts, Status, WrittenRow};
 
 /// Where rows go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sink {
-    /// A file per shard in this folder.
-    Folder {
-        /// The output folder.
-        folder: PathBuf,
-        /// Format of the files.
-        format: Format,
-    },
+    /// A file per shard in a folder.
+    Folder(OutputOptions),
     /// JSON objects to standard output, one a line, in input order.
     StandardOutput,
 }
 
-impl Sink {
-    /// Path of a shard's file; `None` for standard output.
-    fn path(&self, shard: &str) -> Option<PathBuf> {
-        match self {
-            Self::Folder { folder, format } => Some(folder.join(format!("captions-{shard}.{}", format.extension()))),
-            Self::StandardOutput => None,
-        }
-    }
-}
-
-/// Counts of rows, also stored with each shard's file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Counts {
-    /// Rows, failed ones too.
-    pub rows: u64,
-    /// Rows with a caption.
-    pub ok: u64,
-    /// Rows without.
-    pub failed: u64,
-    /// Prompt tokens of the rows with a caption, image tokens included.
-    pub prompt_tokens: u64,
-    /// New tokens, stop tokens not counted.
-    pub new_tokens: u64,
-}
-
-impl Counts {
-    pub(crate) fn add(&mut self, other: Self) {
-        self.rows += other.rows;
-        self.ok += other.ok;
-        self.failed += other.failed;
-        self.prompt_tokens += other.prompt_tokens;
-        self.new_tokens += other.new_tokens;
-    }
-}
-
-/// A row in the form it is written: the columns of the output.
-#[derive(Clone, Debug, Serialize)]
-pub struct WrittenRow {
-    /// Tar stem, or path below the folder.
-    pub key: String,
-    /// As the input has it.
-    pub url: Option<String>,
-    /// As the input has it.
-    pub org_caption: Option<String>,
-    /// As the input has it.
-    pub sha256: Option<String>,
-    /// As the input has it.
-    pub uid: Option<String>,
-    /// The new caption.
-    pub re_caption: Option<String>,
-    /// Words of the original caption.
-    pub org_length: Option<i64>,
-    /// Words of the new caption.
-    pub re_length: Option<i64>,
-    /// Not scored yet.
-    pub org_clip_score: Option<f64>,
-    /// Not scored yet.
-    pub re_clip_score: Option<f64>,
-    /// Not judged yet.
-    pub org_gpt4v_score: Option<i64>,
-    /// Not judged yet.
-    pub re_gpt4v_score: Option<i64>,
-    /// `ok` or `failed`.
-    pub status: &'static str,
-    /// `stage: reason`.
-    pub error: Option<String>,
-    /// `stop` or `length`.
-    pub finish_reason: Option<&'static str>,
-    /// New tokens, the stop token not counted.
-    pub num_tokens: Option<i64>,
-    /// Of the image as stored.
-    pub width: Option<i32>,
-    /// Of the image as stored.
-    pub height: Option<i32>,
-    /// Of the image bytes as read.
-    pub image_sha256: Option<String>,
-    /// The input file.
-    pub source: String,
-    /// The rest of the sidecar, as JSON.
-    pub metadata: Option<String>,
-    /// New ids, a column with `--with-token-ids` only.
-    #[serde(skip)]
-    pub token_ids: Option<Vec<i64>>,
-}
-
 /// What the write stage needs to know.
-pub(crate) struct WriteOptions {
-    pub(crate) sink: Sink,
+pub(crate) struct WriteOptions<'a> {
+    /// The output folder; standard output without one.
+    pub(crate) output: Option<&'a Output>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) with_token_ids: bool,
     /// Prompt tokens of each caption.
     pub(crate) prompt_tokens: usize,
+    /// When the run is given up.
+    pub(crate) max_failures: Option<MaxFailures>,
 }
 
-/// Writes rows until the channel is closed and empty. Returns the counts of what was committed, and how many rows of
-/// unfinished shards were not.
+/// What the write stage did.
+#[derive(Debug, Default)]
+pub(crate) struct WriteReport {
+    /// Rows that were finished in this run.
+    pub(crate) done: Counts,
+    /// Those of them that are in the files of shards.
+    pub(crate) num_committed: u64,
+    /// Rows in the journals of shards that are not whole: the next run goes on after them.
+    pub(crate) num_journaled: u64,
+    /// Finished rows of shards that could not be kept.
+    pub(crate) num_lost: u64,
+}
+
+/// Writes rows until the channel is closed and empty.
 ///
 /// # Errors
-/// The disk's; everything committed before stays.
-pub(crate) fn run(options: &WriteOptions, rows: &Receiver<Message>, progress: &Progress) -> Result<(Counts, u64)> {
-    let mut writer =
-        Writer { options, shards: BTreeMap::new(), num_printed_shards: 0, committed: Counts::default(), num_lost: 0 };
-    while let Some(message) = recorder::receive(rows) {
-        Stage::Write.enter();
-        let begun = recorder::begin();
-        let mut work = Work::default();
-        let index = match message {
-            Message::Row(mut row) => {
-                work = Work::IMAGE;
-                row.draft.times.is_taken(Stage::Write);
-                let (shard, index) = (row.draft.shard.index, row.draft.index);
-                let row = detokenize(*row, options)?;
-                progress.add_row(row.status == "ok");
-                writer.shards.entry(shard).or_default().rows.insert(index, row);
-                shard
-            }
-            Message::ShardEnded { shard, num_rows, identity } => {
-                let index = shard.index;
-                writer.shards.entry(index).or_default().ended = Some(EndedShard { shard, num_rows, identity });
-                index
-            }
-        };
-        match &options.sink {
-            Sink::StandardOutput => writer.print_ready()?,
-            Sink::Folder { format, .. } => writer.commit_if_whole(index, *format)?,
-        }
-        begun.end(Stage::Write, work);
-    }
-    let num_pending: usize = writer.shards.values().map(|shard| shard.rows.len()).sum();
-    Ok((writer.committed, writer.num_lost + num_pending as u64))
+/// The disk's, and [`Error::TooManyFailures`]; everything written before stays.
+pub(crate) fn run(options: &WriteOptions<'_>, rows: &Receiver<Message>, progress: &Progress) -> Result<WriteReport> {
+    let mut writer = Writer::new(options);
+    let result = writer.write_all(rows, progress);
+    // Whatever happened, what is journaled should also survive the machine.
+    let synced = writer.sync();
+    result.and(synced)?;
+    let Writer { shards, mut report, .. } = writer;
+    let pending = shards.values();
+    report.num_journaled =
+        pending.map(|shard| shard.open.as_ref().map_or(0, |open| open.journal.num_rows() as u64)).sum();
+    Ok(report)
 }
 
 /// The shards that are being filled.
 struct Writer<'a> {
-    options: &'a WriteOptions,
+    options: &'a WriteOptions<'a>,
     shards: BTreeMap<usize, PendingShard>,
     /// Shards that are out, on standard output.
     num_printed_shards: usize,
-    committed: Counts,
-    /// Rows of shards that could not be kept.
-    num_lost: u64,
+    report: WriteReport,
+    last_sync: Instant,
 }
 
-/// Rows that wait for the rest of their shard.
+/// A shard that is not whole yet.
 #[derive(Default)]
 struct PendingShard {
+    /// Its journal, in an output folder.
+    open: Option<Box<OpenShard>>,
+    /// Rows that wait for those before them, on standard output.
     rows: BTreeMap<usize, WrittenRow>,
     num_printed: usize,
     ended: Option<EndedShard>,
@@ -214,30 +118,136 @@ struct EndedShard {
     identity: Option<String>,
 }
 
-impl Writer<'_> {
-    /// Writes the file of a shard whose rows are all there.
-    fn commit_if_whole(&mut self, index: usize, format: Format) -> Result<()> {
-        let Some(PendingShard { rows, ended: Some(ended), .. }) = self.shards.get(&index) else { return Ok(()) };
-        if rows.len() < ended.num_rows {
-            return Ok(());
-        }
-        let Some(PendingShard { rows, ended: Some(ended), .. }) = self.shards.remove(&index) else { return Ok(()) };
-        if ended.identity.is_none() {
-            self.num_lost += rows.len() as u64;
-            return Ok(());
-        }
-        let rows: Vec<WrittenRow> = rows.into_values().collect();
-        let counts = count(&rows, self.options);
-        let path = self.options.sink.path(&ended.shard.name).expect("bug: a folder has paths");
-        match format {
-            Format::Parquet => {
-                let finished = FinishedShard { counts, identity: ended.identity };
-                parquet::write(&path, &rows, &finished, self.options.with_token_ids)?;
+impl<'a> Writer<'a> {
+    fn new(options: &'a WriteOptions<'a>) -> Self {
+        let (shards, report) = (BTreeMap::new(), WriteReport::default());
+        Self { options, shards, num_printed_shards: 0, report, last_sync: Instant::now() }
+    }
+
+    fn write_all(&mut self, rows: &Receiver<Message>, progress: &Progress) -> Result<()> {
+        let interval = self.options.output.map(|output| output.options.sync_interval);
+        loop {
+            let message = match interval {
+                // Rows that wait for the disk must not wait for the next row.
+                Some(interval) => match recorder::receive_timeout(rows, interval.max(Duration::from_millis(10))) {
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                    Ok(message) => Some(message),
+                },
+                None => match recorder::receive(rows) {
+                    Some(message) => Some(message),
+                    None => return Ok(()),
+                },
+            };
+            if let Some(message) = message {
+                Stage::Write.enter();
+                let begun = recorder::begin();
+                let work = if matches!(message, Message::Row(_)) { Work::IMAGE } else { Work::default() };
+                self.accept(message, progress)?;
+                begun.end(Stage::Write, work);
             }
-            Format::Jsonl => jsonl::write(&path, &rows, self.options.with_token_ids)?,
+            if interval.is_some_and(|interval| self.last_sync.elapsed() >= interval) {
+                self.sync()?;
+            }
         }
-        self.committed.add(counts);
-        Ok(())
+    }
+
+    fn accept(&mut self, message: Message, progress: &Progress) -> Result<()> {
+        match message {
+            Message::ShardBegan { shard, open } => {
+                progress.add_earlier(open.num_kept as u64);
+                self.shards.entry(shard.index).or_default().open = Some(open);
+                Ok(())
+            }
+            Message::Row(row) => {
+                let shard = row.draft.shard.index;
+                self.add_row(*row, progress)?;
+                self.advance(shard)
+            }
+            Message::ShardEnded { shard, num_rows, identity } => {
+                let index = shard.index;
+                self.shards.entry(index).or_default().ended = Some(EndedShard { shard, num_rows, identity });
+                self.advance(index)
+            }
+        }
+    }
+
+    fn add_row(&mut self, mut row: Row, progress: &Progress) -> Result<()> {
+        row.draft.times.is_taken(Stage::Write);
+        self.tell(&row);
+        let (shard, index, image) = (row.draft.shard.index, row.draft.index, row.draft.image.take());
+        let row = WrittenRow::new(row, &self.options.tokenizer, self.options.with_token_ids)?;
+        let pending = self.shards.entry(shard).or_default();
+        match &mut pending.open {
+            Some(open) => open.journal.append(index, &row, image.as_deref().filter(|_| row.is_ok()))?,
+            None => drop(pending.rows.insert(index, row.clone())),
+        }
+        progress.add_row(row.is_ok());
+        let done = &mut self.report.done;
+        done.add_row(&row);
+        match self.options.max_failures {
+            Some(max) if !row.is_ok() && max.is_exceeded(done.failed, done.rows) => Err(Error::TooManyFailures {
+                failed: done.failed,
+                rows: done.rows,
+                reasons: failures::most_frequent(&done.failures, 3).join(", "),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Says to logs and metrics how an image went.
+    fn tell(&self, row: &Row) {
+        match &row.outcome {
+            Err(Failure { stage, reason }) => {
+                let (key, source) = (&row.draft.input.key, &row.draft.input.source);
+                tracing::info!(shard = row.draft.shard.name, key, source, %stage, reason, "image failed");
+                live::count_row(Err(*stage));
+            }
+            Ok(generated) => {
+                live::count_row(Ok((self.options.prompt_tokens as u64, generated.token_ids.len() as u64)));
+            }
+        }
+    }
+
+    fn advance(&mut self, shard: usize) -> Result<()> {
+        match self.options.output {
+            Some(output) => self.commit_if_whole(shard, output),
+            None => self.print_ready(),
+        }
+    }
+
+    /// Brings all journals to the disk.
+    fn sync(&mut self) -> Result<()> {
+        self.last_sync = Instant::now();
+        self.shards.values_mut().filter_map(|shard| shard.open.as_mut()).try_for_each(|open| open.journal.sync())
+    }
+
+    /// Makes the file of a shard whose rows are all there.
+    fn commit_if_whole(&mut self, index: usize, output: &Output) -> Result<()> {
+        let Some(PendingShard { open: Some(open), ended: Some(ended), .. }) = self.shards.get(&index) else {
+            return Ok(());
+        };
+        let num_new_rows = open.journal.num_rows() - open.num_kept;
+        // A shard that is given up has lost none of its rows on the way either: it ends when all of them are in.
+        if open.journal.num_rows() < ended.num_rows {
+            return Ok(());
+        }
+        let Some(PendingShard { open: Some(open), ended: Some(ended), .. }) = self.shards.remove(&index) else {
+            return Ok(());
+        };
+        match &ended.identity {
+            Some(identity) => {
+                output.commit(&ended.shard.name, *open, ended.num_rows, identity)?;
+                live::count_shard(ShardState::Written);
+                tracing::info!(shard = ended.shard.name, rows = ended.num_rows, "shard written");
+                self.report.num_committed += num_new_rows as u64;
+                Ok(())
+            }
+            None => {
+                self.report.num_lost += num_new_rows as u64;
+                output.abandon(*open)
+            }
+        }
     }
 
     /// Prints the rows whose predecessors are all out, shard by shard.
@@ -249,106 +259,131 @@ impl Writer<'_> {
                 ready.push(row);
             }
             let is_over = pending.ended.as_ref().is_some_and(|ended| pending.num_printed == ended.num_rows);
-            self.committed.add(count(&ready, self.options));
             jsonl::print(&ready, self.options.with_token_ids)?;
             if !is_over {
                 break;
             }
             self.shards.remove(&self.num_printed_shards);
             self.num_printed_shards += 1;
+            live::count_shard(ShardState::Written);
         }
         Ok(())
     }
 }
 
-fn detokenize(row: Row, options: &WriteOptions) -> Result<WrittenRow> {
-    let Row { draft, outcome } = row;
-    let num_words = |text: &str| text.split_whitespace().count() as i64;
-    let dimension = |side: u32| i32::try_from(side).unwrap_or(i32::MAX);
-    let (generated, failure) = match outcome {
-        Ok(generated) => (Some(generated), None),
-        Err(failure) => (None, Some(failure)),
-    };
-    let re_caption = match &generated {
-        Some(generated) => Some(options.tokenizer.decode(&generated.token_ids)?.trim().to_owned()),
-        None => None,
-    };
-    Ok(WrittenRow {
-        org_length: draft.input.org_caption.as_deref().map(num_words),
-        re_length: re_caption.as_deref().map(num_words),
-        re_caption,
-        org_clip_score: None,
-        re_clip_score: None,
-        org_gpt4v_score: None,
-        re_gpt4v_score: None,
-        status: if failure.is_none() { "ok" } else { "failed" },
-        error: failure.map(|failure| format!("{}: {}", failure.stage, failure.reason)),
-        finish_reason: generated.as_ref().map(|generated| generated.finish_reason.name()),
-        num_tokens: generated.as_ref().map(|generated| generated.token_ids.len() as i64),
-        width: draft.dimensions.map(|(width, _)| dimension(width)),
-        height: draft.dimensions.map(|(_, height)| dimension(height)),
-        image_sha256: draft.image_sha256,
-        token_ids: generated
-            .filter(|_| options.with_token_ids)
-            .map(|generated| generated.token_ids.into_iter().map(i64::from).collect()),
-        key: draft.input.key,
-        url: draft.input.url,
-        org_caption: draft.input.org_caption,
-        sha256: draft.input.sha256,
-        uid: draft.input.uid,
-        source: draft.input.source,
-        metadata: draft.input.metadata,
-    })
-}
+/// A file in the making.
+pub(crate) struct AtomicFile(std::fs::File);
 
-fn count(rows: &[WrittenRow], options: &WriteOptions) -> Counts {
-    let ok = rows.iter().filter(|row| row.status == "ok").count() as u64;
-    Counts {
-        rows: rows.len() as u64,
-        ok,
-        failed: rows.len() as u64 - ok,
-        prompt_tokens: ok * options.prompt_tokens as u64,
-        new_tokens: rows.iter().filter_map(|row| row.num_tokens).sum::<i64>() as u64,
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        fault::check(Operation::CommitWrite)?;
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
-/// A shard whose file is in the output folder already.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct FinishedShard {
-    pub(crate) counts: Counts,
-    /// Tells its input from another of the same name; JSON Lines files do not keep it.
-    pub(crate) identity: Option<String>,
-}
-
-/// The shards whose files are in the folder already, by name.
+/// Writes a file under a temporary name in the same folder, syncs it, renames it to `path` and syncs the folder. `path`
+/// must be this process's alone.
 ///
 /// # Errors
-/// When the folder or one of the files cannot be read.
-pub(crate) fn finished_shards(sink: &Sink, prompt_tokens: usize) -> Result<HashMap<String, FinishedShard>> {
-    let Sink::Folder { folder, format } = sink else { return Ok(HashMap::new()) };
-    let mut finished = HashMap::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
-        let path = entry.map_err(Error::io("read", folder))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let shard = name.strip_prefix("captions-").and_then(|name| name.strip_suffix(format.extension()));
-        let Some(shard) = shard.and_then(|shard| shard.strip_suffix('.')) else { continue };
-        let shard_finished = match format {
-            Format::Parquet => parquet::read_finished(&path)?,
-            Format::Jsonl => FinishedShard { counts: jsonl::read_counts(&path, prompt_tokens)?, identity: None },
-        };
-        finished.insert(shard.to_owned(), shard_finished);
-    }
-    Ok(finished)
+/// The disk's; nothing is left then.
+pub(crate) fn write_atomically<T>(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
+    write_by_way_of(&with_suffix(path, ".tmp"), path, write)
 }
 
-/// Writes a file under a temporary name in the same folder, syncs it and renames it to `path`.
-pub(crate) fn write_atomically<T>(path: &Path, write: impl FnOnce(&mut std::fs::File) -> Result<T>) -> Result<T> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let mut file = std::fs::File::create(&temporary).map_err(Error::io("create", &temporary))?;
-    let result = write(&mut file)?;
-    file.sync_all().map_err(Error::io("write", &temporary))?;
-    std::fs::rename(&temporary, path).map_err(Error::io("rename to", path))?;
-    Ok(result)
+/// As [`write_atomically`], for a file that several processes may write at once: the last one stays.
+pub(crate) fn write_shared<T>(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
+    write_by_way_of(&with_suffix(path, &format!(".{}.tmp", unique())), path, write)
+}
+
+/// Writes a file unless there is one of this name, even if another process does the same at once. Says whether it did.
+///
+/// # Errors
+/// The disk's; nothing is left then.
+pub(crate) fn write_new(path: &Path, contents: &[u8]) -> Result<bool> {
+    let temporary = with_suffix(path, &format!(".{}.tmp", unique()));
+    write_by_way_of(&with_suffix(&temporary, ".tmp"), &temporary, |file| {
+        file.write_all(contents).map_err(Error::io("write", path))
+    })?;
+    let linked = std::fs::hard_link(&temporary, path);
+    let result = match linked {
+        Ok(()) => sync_folder(path).map(|()| true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        // A filesystem without links: the check and the renaming are two steps there.
+        Err(_) if !path.exists() => {
+            std::fs::rename(&temporary, path).map(|()| true).map_err(Error::io("rename to", path))
+        }
+        Err(_) => Ok(false),
+    };
+    let _ = std::fs::remove_file(&temporary);
+    result
+}
+
+fn write_by_way_of<T>(temporary: &Path, path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
+    let mut file = AtomicFile(std::fs::File::create(temporary).map_err(Error::io("create", temporary))?);
+    let result = write(&mut file).and_then(|result| {
+        fault::check(Operation::CommitSync).and_then(|()| file.0.sync_all()).map_err(Error::io("sync", temporary))?;
+        fault::check(Operation::CommitRename)
+            .and_then(|()| std::fs::rename(temporary, path))
+            .map_err(Error::io("rename to", path))?;
+        sync_folder(path)?;
+        Ok(result)
+    });
+    if result.is_err() {
+        let _ = std::fs::remove_file(temporary);
+    }
+    result
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// A word that no other process or thread has.
+fn unique() -> String {
+    let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    format!("{}-{nanos:x}", std::process::id())
+}
+
+/// Makes the name of a file survive a power loss.
+pub(crate) fn sync_folder(path: &Path) -> Result<()> {
+    #[cfg(unix)]
+    {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let synced = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+        synced.map_err(Error::io("sync", folder))?;
+    }
+    #[cfg(not(unix))]
+    let _ = path;
+    Ok(())
+}
+
+/// Makes a folder, not those above it.
+pub(crate) fn create_folder(path: &Path) -> Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("create", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Tells a file from another: its length, its beginning and its end.
+pub(crate) fn fingerprint(path: &Path) -> Result<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    const SAMPLE_BYTES: u64 = 1 << 16;
+    let read = || -> io::Result<String> {
+        let mut file = std::fs::File::open(path)?;
+        let length = file.metadata()?.len();
+        let mut sample = Vec::new();
+        Read::by_ref(&mut file).take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+        file.seek(SeekFrom::Start(length.saturating_sub(SAMPLE_BYTES)))?;
+        file.take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+        sample.extend(length.to_le_bytes());
+        Ok(hex(&Sha256::digest(sample)))
+    };
+    read().map_err(Error::io("read", path))
 }

@@ -13,8 +13,8 @@ use crate::pipeline::{RunOptions, Summary};
 use crate::profile::recorder::{Records, StageTotals, Track, add_histogram, new_histogram};
 use crate::profile::utilisation::utilisation;
 use crate::profile::{
-    Bottleneck, BundleFacts, CaptionProfile, Distribution, EngineFacts, Machine, Occupancy, PROFILE_VERSION, Peaks,
-    Profile, QueueProfile, RunTotals, Settings, StageProfile, TrackProfile,
+    BatchGroup, Bottleneck, BundleFacts, CaptionProfile, Distribution, EngineFacts, Machine, Occupancy,
+    PROFILE_VERSION, Peaks, Profile, QueueProfile, RunTotals, Settings, StageProfile, TrackProfile,
 };
 use crate::runtime::{self, Device, host, load_library};
 use crate::stage::Stage;
@@ -89,7 +89,11 @@ fn settings(options: &RunOptions) -> Settings {
 }
 
 /// The machine as it is.
-pub(crate) fn machine(target: Target) -> Machine {
+pub(crate) fn machine(target: Target, provider: &str) -> Machine {
+    let memory = match provider {
+        "cpu" => host::available_memory(),
+        _ => runtime::free_gpu_memory(0).ok(),
+    };
     Machine {
         processor: host::processor_name(),
         num_cores: std::thread::available_parallelism().map_or(1, usize::from),
@@ -97,6 +101,7 @@ pub(crate) fn machine(target: Target) -> Machine {
             .then(|| recaption_kernels::Level::current().ok().map(|level| level.name().to_owned()))
             .flatten(),
         gpus: runtime::gpu_names().unwrap_or_default(),
+        memory_bytes: memory.unwrap_or(0),
     }
 }
 
@@ -126,13 +131,14 @@ pub fn assemble(
         version: PROFILE_VERSION,
         recaption: env!("CARGO_PKG_VERSION").to_owned(),
         onnxruntime: load_library()?.version.clone(),
-        machine: machine(bundle.target),
+        machine: machine(bundle.target, &settings.provider),
         occupancy: occupancy(&settings, &records.tracks, [vision, decode]),
         bottleneck: bottleneck(&stages, &tracks, &queues),
         bundle,
         settings,
         run,
         stages,
+        batches: batches(&records.tracks),
         tracks,
         queues,
         captions,
@@ -173,6 +179,28 @@ fn stage_profile(stage: Stage, tracks: &[Track]) -> StageProfile {
         service: Distribution::of(&totals.service),
         queued: Distribution::of(&totals.queued),
     }
+}
+
+/// Tokens a caption sees that are not told apart: what a step takes changes slowly with them.
+const CONTEXT_STEP: u64 = 32;
+
+/// The batches of the engines, those that are alike together.
+fn batches(tracks: &[Track]) -> Vec<BatchGroup> {
+    let mut groups: BTreeMap<(Stage, u32, u64), BatchGroup> = BTreeMap::new();
+    for span in tracks.iter().flat_map(|track| &track.spans) {
+        if !matches!(span.stage, Stage::Vision | Stage::Prefill | Stage::Decode) {
+            continue;
+        }
+        let (batch, context) = (span.work.padded_batch, span.work.context_tokens);
+        let key = (span.stage, batch, context / u64::from(batch.max(1)) / CONTEXT_STEP);
+        let stage = span.stage.name().to_owned();
+        let empty = BatchGroup { stage, batch, count: 0, seconds: 0.0, context_tokens: 0 };
+        let group = groups.entry(key).or_insert(empty);
+        group.count += 1;
+        group.seconds += seconds(span.service_ns());
+        group.context_tokens += context;
+    }
+    groups.into_values().collect()
 }
 
 fn track_profile(track: &Track) -> TrackProfile {

@@ -35,6 +35,9 @@ pub struct Profile {
     pub run: RunTotals,
     /// The seven stages, in order.
     pub stages: Vec<StageProfile>,
+    /// The batches of vision, prefill and decode, by their size and by what they saw: what a plan scales from.
+    #[serde(default)]
+    pub batches: Vec<BatchGroup>,
     /// The threads of the pipeline.
     pub tracks: Vec<TrackProfile>,
     /// The queues between the stages.
@@ -96,6 +99,9 @@ pub struct Machine {
     pub kernel_level: Option<String>,
     /// GPUs by their names.
     pub gpus: Vec<String>,
+    /// Memory of the device that ran, free before the run on GPUs and now on a processor; 0 where nothing says.
+    #[serde(default)]
+    pub memory_bytes: u64,
 }
 
 /// The bundle, as far as a plan needs it.
@@ -213,6 +219,21 @@ pub struct StageProfile {
     pub service: Distribution,
     /// Times of images in the stage's queue.
     pub queued: Distribution,
+}
+
+/// Batches that are alike.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BatchGroup {
+    /// `vision`, `prefill` or `decode`.
+    pub stage: String,
+    /// Sequences of each, padding included.
+    pub batch: u32,
+    /// How many.
+    pub count: u64,
+    /// Time in them, all together.
+    pub seconds: f64,
+    /// Decode: tokens seen in the KV cache, of all of them together.
+    pub context_tokens: u64,
 }
 
 /// One thread of the pipeline.

@@ -34,13 +34,26 @@ const READ_BYTES: usize = 256 << 20;
 /// # Errors
 /// ONNX Runtime's.
 pub(crate) fn measure(device: Device, bundle: &BundleFacts, num_threads: usize) -> Result<Peaks> {
+    measure_for(device, [bundle.precision, bundle.vision_precision], bundle.target, num_threads)
+}
+
+/// The same, of what weights of `precisions` need in graphs for `target`.
+///
+/// # Errors
+/// ONNX Runtime's.
+pub(crate) fn measure_for(
+    device: Device,
+    precisions: [Precision; 2],
+    target: Target,
+    num_threads: usize,
+) -> Result<Peaks> {
     let float = if device == Device::Cpu { Operands::F32 } else { Operands::F16 };
-    let has_int8 = bundle.precision == Precision::Int8 || bundle.vision_precision == Precision::Int8;
+    let has_int8 = precisions.contains(&Precision::Int8);
     let mut int8 = BTreeMap::new();
     if has_int8 && device == Device::Cpu {
         int8.insert("MatMulInteger".to_owned(), best_product(device, num_threads, Operands::Int8)?);
     }
-    if bundle.target == Target::Cpu {
+    if target == Target::Cpu {
         int8.insert("QuantizedLinear".to_owned(), best_own_product(num_threads)?);
     }
     let float = BTreeMap::from([(name(float).to_owned(), best_product(device, num_threads, float)?)]);

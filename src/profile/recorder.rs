@@ -7,9 +7,9 @@
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, SendError, Sender, TryRecvError, TrySendError};
+use crossbeam::channel::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, TrySendError};
 use hdrhistogram::Histogram;
 
 use crate::error::Result;
@@ -142,6 +142,8 @@ impl ImageTimes {
 pub trait Observer: Send + Sync {
     /// A batch is done. Its `blocked_ns` is not known yet, and 0.
     fn span(&self, span: &Span);
+    /// The queue in front of a stage holds so much.
+    fn queue(&self, stage: Stage, capacity: usize);
     /// A stage waited for room in the next queue.
     fn blocked(&self, stage: Stage, nanoseconds: u64);
     /// A caption has ended.
@@ -190,6 +192,9 @@ impl Recorder {
     /// Notes how much the queue in front of `stage` holds.
     pub(crate) fn queue(&self, stage: Stage, capacity: usize) {
         self.records().queue_capacities.push((stage, capacity));
+        if let Some(observer) = &self.observer {
+            observer.queue(stage, capacity);
+        }
     }
 
     /// Nanoseconds since the recorder was made.
@@ -489,6 +494,17 @@ pub(crate) fn receive<T>(receiver: &Receiver<T>) -> Option<T> {
         Ok(item) => Some(item),
         Err(TryRecvError::Disconnected) => None,
         Err(TryRecvError::Empty) => waiting(|| receiver.recv().ok()),
+    };
+    look_at(receiver);
+    item
+}
+
+/// As [`receive`], but waits no longer than `timeout`.
+pub(crate) fn receive_timeout<T>(receiver: &Receiver<T>, timeout: Duration) -> Result<T, RecvTimeoutError> {
+    let item = match receiver.try_recv() {
+        Ok(item) => Ok(item),
+        Err(TryRecvError::Disconnected) => Err(RecvTimeoutError::Disconnected),
+        Err(TryRecvError::Empty) => waiting(|| receiver.recv_timeout(timeout)),
     };
     look_at(receiver);
     item

@@ -22,6 +22,13 @@ fn control_group_memory(folder: &Path) -> Option<u64> {
     Some(max.saturating_sub(current.saturating_sub(cache.unwrap_or(0))))
 }
 
+/// Bytes of memory that this process has in use.
+pub(crate) fn resident_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
 /// How many files may be open at once: the limit in force, and how far the user may raise it.
 pub(crate) fn open_files() -> Option<(u64, u64)> {
     let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
@@ -127,6 +134,7 @@ mod tests {
     #[test]
     fn linux_says_how_much_memory_and_how_many_files_there_are() {
         assert!(available_memory().unwrap() > 1 << 20);
+        assert!((1 << 20..available_memory().unwrap()).contains(&resident_memory().unwrap()));
         let (soft, hard) = open_files().unwrap();
         assert!(soft > 0 && soft <= hard);
         assert!(processor_name().is_some() || cfg!(not(target_arch = "x86_64")));

@@ -1,7 +1,6 @@
 //! A graph that is loaded, and the bindings it runs with.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use ort::session::{IoBinding, RunOptions};
 use recaption_export::{DataType, DimRange};
 use recaption_kernels::Level;
 
+use crate::console::print_line;
 use crate::error::{Error, Result};
 use crate::runtime::buffer::{Buffer, Storage, TensorView};
 use crate::runtime::library::load_library;
@@ -82,11 +82,7 @@ const BUILD_INTERVAL: Duration = Duration::from_secs(15);
 
 fn print_build(name: &str, elapsed: Duration) {
     let seconds = elapsed.as_secs();
-    // Whether anybody reads it is not the run's concern.
-    let _ = writeln!(
-        std::io::stderr(),
-        "building TensorRT's engine of `{name}` for {seconds} s; later runs on this GPU will find it"
-    );
+    print_line(&format!("building TensorRT's engine of `{name}` for {seconds} s; later runs on this GPU will find it"));
 }
 
 /// Does `body`, and calls `report` with the time it has taken, every `interval`.

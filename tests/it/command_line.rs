@@ -17,6 +17,7 @@ fn help_teaches() {
         ("profile", &["profile", "--help"]),
         ("inspect", &["inspect", "--help"]),
         ("doctor", &["doctor", "--help"]),
+        ("plan", &["plan", "--help"]),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_recaption")).args(args).env("COLUMNS", "100").output().unwrap();
         assert_eq!(output.status.code(), Some(0));
@@ -32,7 +33,7 @@ fn wrong_usage_exits_with_2_and_says_what_to_do() {
     let image = image.to_str().unwrap();
     let cases: [(&[&str], &str); 10] = [
         (&["run", "no-such-file.jpg", "--model", bundle], "no such file or folder"),
-        (&["run", "Cargo.toml", "--model", bundle], "not an image, a folder or a tar"),
+        (&["run", "Cargo.toml", "--model", bundle], "not an image, a folder, a tar or a parquet file"),
         (&["run", "x/{3..1}.tar", "--model", bundle], "runs backwards"),
         (&["run", image, "--model", "tests"], "hint: make one with `recaption export"),
         (&["run", image, "--model", bundle, "--max-new-tokens", "100000"], "hint: use --max-new-tokens"),

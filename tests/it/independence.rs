@@ -83,6 +83,36 @@ fn captions_of_target_cpu_do_not_depend_on_company_threads_or_instruction_set() 
 }
 
 #[test]
+fn captions_of_target_cpu_do_not_depend_on_where_a_run_was_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let bundle = path("bundle");
+    let options = ExportOptions { precision: Precision::Int8, target: Target::Cpu, ..ExportOptions::default() };
+    export(&root("models/demo"), &bundle, &options).unwrap();
+    for shard in ["a.tar", "b.tar", "c.tar"] {
+        std::fs::copy(demo_shard(), path(shard)).unwrap();
+    }
+    let run = |shards: &[&str], settings: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_recaption"));
+        command.arg("run").args(shards.iter().map(|shard| path(shard)));
+        command.arg("--model").arg(&bundle).arg("--out").arg(path("out")).args(["--with-token-ids", "--quiet"]);
+        let output = command.args(settings).env_remove("RECAPTION_CPU").output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    };
+    run(&["a.tar"], &["--slots", "1", "--engines", "1"]);
+    run(&["a.tar", "b.tar"], &["--slots", "32", "--engines", "1", "--threads", "2"]);
+    run(&["a.tar", "b.tar", "c.tar"], &["--slots", "7", "--vision-batch", "3", "--engines", "2"]);
+    let rows = parquet_rows(&path("out"));
+    assert_eq!(rows.len(), 3 * 64);
+    for (index, row) in rows.iter().enumerate() {
+        let first = &rows[index % 64];
+        for column in ["key", "re_caption", "token_ids", "finish_reason"] {
+            assert_eq!(row[column], first[column], "{column} of row {index}");
+        }
+    }
+}
+
+#[test]
 fn rows_come_in_input_order_whatever_finishes_first() {
     let (bundle, shard) = (demo_bundle(), demo_shard());
     let out = tempfile::tempdir().unwrap();

@@ -4,7 +4,11 @@ use std::io::Cursor;
 
 use image::codecs::{bmp::BmpEncoder, jpeg::JpegEncoder, png::PngEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder};
-use recaption::pipeline::load::{Format, LoadError, LoadLimits, RgbImage, load, stored_dimensions};
+use recaption::export::Preprocessing;
+use recaption::pipeline::load::{Format, LoadError, LoadLimits, Loader, RgbImage, load, stored_dimensions};
+use serde_json::json;
+
+use crate::support::root;
 
 const WIDTH: u32 = 21;
 const HEIGHT: u32 = 13;
@@ -56,6 +60,13 @@ fn every_format() -> [(Format, Vec<u8>); 5] {
         (Format::Gif, gif()),
         (Format::Bmp, bmp.into_inner()),
     ]
+}
+
+/// Plain JPEGs of the kinds that have a decoder of their own: subsampled chroma, restart markers, grey, turned.
+fn plain_jpegs() -> Vec<Vec<u8>> {
+    let folder = root("tests/data/images/edge");
+    let names = ["colour-420.jpg", "rgb-restarts.jpg", "grey.jpg", "orientation-6.jpg"];
+    names.into_iter().map(|name| std::fs::read(folder.join(name)).unwrap()).collect()
 }
 
 fn pixels(bytes: &[u8]) -> Vec<u8> {
@@ -194,7 +205,12 @@ fn what_follows_the_end_of_an_image_is_ignored() {
 #[test]
 fn damaged_files_never_panic_through() {
     let mut random = 1_u32;
-    for (_, bytes) in every_format() {
+    // Loaders that have seen damage before, and that reduce what they load to a few pixels.
+    let config = json!({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 2},
+        "crop_size": {"height": 2, "width": 2}});
+    let limits = LoadLimits { max_pixels: 1 << 20, max_alloc_bytes: 1 << 24 };
+    let mut loader = Loader::new(limits.clone(), Some(Preprocessing::from_hf(&config, 2).unwrap()));
+    for bytes in every_format().into_iter().map(|(_, bytes)| bytes).chain(plain_jpegs()) {
         for _ in 0..400 {
             let mut damaged = bytes.clone();
             for _ in 0..3 {
@@ -202,11 +218,49 @@ fn damaged_files_never_panic_through() {
                 let position = random as usize % damaged.len();
                 damaged[position] = (random >> 24) as u8;
             }
-            let limits = LoadLimits { max_pixels: 1 << 20, max_alloc_bytes: 1 << 24 };
-            if let Ok(image) = load(&damaged, &limits) {
-                assert_eq!(image.pixels.len() as u64, 3 * u64::from(image.width) * u64::from(image.height));
+            for loaded in [load(&damaged, &limits), loader.load(&damaged, Vec::new())] {
+                match loaded {
+                    Ok(image) => {
+                        let [columns, rows] = [image.width, image.height].map(|side| side.div_ceil(image.reduction));
+                        assert_eq!(image.pixels.len() as u64, 3 * u64::from(columns) * u64::from(rows));
+                    }
+                    Err(LoadError::DecoderPanicked { format: Format::Jpeg, message }) => panic!("{message}"),
+                    Err(_) => {}
+                }
             }
             let _ = stored_dimensions(&damaged);
         }
+    }
+}
+
+#[test]
+fn a_plain_jpeg_is_cut_or_continued_as_any_other() {
+    for bytes in plain_jpegs() {
+        let alone = pixels(&bytes);
+        for length in 1..bytes.len() {
+            let cut = load(&bytes[..length], &LoadLimits::default());
+            assert!(
+                !matches!(cut, Ok(_) | Err(LoadError::DecoderPanicked { .. })),
+                "cut to {length} of {}",
+                bytes.len()
+            );
+        }
+        let followed = [&bytes[..], b"\xff\xd8\xff\xe1 trailing bytes of another tool"].concat();
+        assert_eq!(pixels(&followed), alone);
+    }
+}
+
+#[test]
+fn a_loader_forgets_the_picture_before() {
+    let mut files = plain_jpegs();
+    files.extend(every_format().into_iter().map(|(_, bytes)| bytes));
+    let mut loader = Loader::new(LoadLimits::default(), None);
+    let mut memory = Vec::new();
+    for bytes in files.iter().chain(files.iter().rev()) {
+        let image = loader.load(bytes, std::mem::take(&mut memory)).unwrap();
+        assert_eq!(image, load(bytes, &LoadLimits::default()).unwrap());
+        // A damaged file in between leaves nothing behind.
+        assert!(loader.load(&bytes[..bytes.len() / 2], Vec::new()).is_err());
+        memory = image.pixels;
     }
 }

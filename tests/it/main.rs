@@ -3,23 +3,39 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+mod allocations;
 mod bad_inputs;
+mod claims;
 mod clip;
 mod command_line;
+mod crash;
 mod demo;
 mod doctor;
 mod engines;
+mod fuzz_seeds;
 mod golden;
+mod hostile;
 mod independence;
 mod inspect;
 mod layouts;
 mod library;
 mod load;
+mod logs;
+mod metrics;
+mod operators_library;
 mod parity;
+mod pillow;
+mod plan;
 mod precisions;
 mod preprocessing;
 mod profile;
+mod resume;
+mod servers;
 mod shards;
 mod shutdown;
+mod signals;
+mod sinks;
+mod sources;
+mod storage;
 mod support;
 mod text;

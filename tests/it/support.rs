@@ -144,3 +144,46 @@ pub(crate) fn parquet_rows(folder: &Path) -> Vec<Value> {
     }
     rows
 }
+
+/// Rows of all `captions-*.jsonl` of a run, in order.
+pub(crate) fn jsonl_rows(folder: &Path) -> Vec<Value> {
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
+    paths.sort();
+    let texts = paths.iter().map(|path| std::fs::read_to_string(path).unwrap());
+    texts.flat_map(|text| text.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<_>>()).collect()
+}
+
+/// Images of the demo shard and their texts.
+pub(crate) fn demo_samples() -> &'static [(Vec<u8>, Vec<u8>)] {
+    static SAMPLES: LazyLock<Vec<(Vec<u8>, Vec<u8>)>> = LazyLock::new(|| {
+        let mut archive = tar::Archive::new(std::fs::File::open(demo_shard()).unwrap());
+        let mut members = std::collections::BTreeMap::<String, (Vec<u8>, Vec<u8>)>::new();
+        for member in archive.entries().unwrap() {
+            let mut member = member.unwrap();
+            let name = member.path().unwrap().to_string_lossy().into_owned();
+            let (key, extension) = name.split_once('.').unwrap();
+            let sample = members.entry(key.to_owned()).or_default();
+            let target = match extension {
+                "txt" => &mut sample.1,
+                "json" => continue,
+                _ => &mut sample.0,
+            };
+            std::io::Read::read_to_end(&mut member, target).unwrap();
+        }
+        members.into_values().collect()
+    });
+    &SAMPLES
+}
+
+/// Writes a tar of `(name, contents)`.
+pub(crate) fn write_tar(path: &Path, members: &[(String, Vec<u8>)]) {
+    let mut builder = tar::Builder::new(std::fs::File::create(path).unwrap());
+    for (name, contents) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(contents.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, &contents[..]).unwrap();
+    }
+    builder.finish().unwrap();
+}

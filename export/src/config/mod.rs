@@ -3,10 +3,12 @@
 //!
 //! Both generations of transformers' file are read: 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
 
+mod dims;
 mod original;
 
 use std::path::Path;
 
+pub use dims::{parse_dims, read_dims};
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -1,6 +1,8 @@
 //! `config.json` of the original layout: LLaMA's settings with LLaVA's `mm_` ones beside them. It says nothing of the
 //! vision tower but a name: the tower's own config.json does, or the shapes of its weights.
 
+use std::path::Path;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -32,7 +34,25 @@ struct RawOriginalConfig {
 
 pub(super) fn read(checkpoint: &Checkpoint) -> Result<LlavaConfig> {
     let path = &checkpoint.config_path;
+    let (layer, strategy) = image_features(&checkpoint.config, path)?;
     let raw: RawOriginalConfig = parse(&checkpoint.config, path)?;
+    let text = RawTextConfig { model_type: None, ..parse(&checkpoint.config, path)? };
+    Ok(LlavaConfig {
+        vision: vision(checkpoint)?.validate(&[layer], strategy, path)?,
+        projector: ProjectorConfig { activation: Activation::parse("mm_projector_type", "gelu")?, bias: true },
+        decoder: text.validate("", None, path)?,
+        image_token_id: None,
+        eos_token_ids: raw.eos_token_id.map(TokenIds::into_vec).unwrap_or_default(),
+        bos_token_id: raw.bos_token_id,
+    })
+}
+
+/// Which hidden state an image's features are, and which of its tokens in transformers' word.
+///
+/// # Errors
+/// Where the captioner is of a kind that does not export.
+pub(super) fn image_features(config: &Value, path: &Path) -> Result<(i64, &'static str)> {
+    let raw: RawOriginalConfig = parse(config, path)?;
     raw.refuse_unsupported()?;
     let strategy = match raw.mm_vision_select_feature.as_deref().unwrap_or("patch") {
         "patch" => "default",
@@ -42,16 +62,7 @@ pub(super) fn read(checkpoint: &Checkpoint) -> Result<LlavaConfig> {
             return Err(Error::unsupported("mm_vision_select_feature", found, "expected `patch` or `cls_patch`"));
         }
     };
-    let layers = [raw.mm_vision_select_layer.unwrap_or(-2)];
-    let text = RawTextConfig { model_type: None, ..parse(&checkpoint.config, path)? };
-    Ok(LlavaConfig {
-        vision: vision(checkpoint)?.validate(&layers, strategy, path)?,
-        projector: ProjectorConfig { activation: Activation::parse("mm_projector_type", "gelu")?, bias: true },
-        decoder: text.validate("", None, path)?,
-        image_token_id: None,
-        eos_token_ids: raw.eos_token_id.map(TokenIds::into_vec).unwrap_or_default(),
-        bos_token_id: raw.bos_token_id,
-    })
+    Ok((raw.mm_vision_select_layer.unwrap_or(-2), strategy))
 }
 
 impl RawOriginalConfig {

@@ -5,58 +5,94 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Dot, Step, Sums, Tile, with_rows};
+use super::{COLUMNS, Dot, ROWS, Step, Sums, Tile, with_rows};
 use crate::simd::avx2::Avx2;
 
-/// Rows at a time: 3 x 4 accumulators of 8 lanes leave four registers for operands.
-const ROWS: usize = 3;
+/// Rows at a time with VNNI: 3 x 4 accumulators of 8 lanes leave four registers for operands.
+const VNNI_ROWS: usize = 3;
+
+/// Rows at a time without: 6 x 2 accumulators, each with two partial sums of 4 columns, and as many for operands.
+const WIDE_ROWS: usize = 6;
+
+/// Steps for which activations are widened at a time: 12 rows of them take 6 KB, so that weights keep the first-level cache.
+const WIDE_STEPS: usize = 64;
 
 impl<const VNNI: bool> Dot for Avx2<VNNI> {
     #[inline(always)]
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
-        for first in (0..rows).step_by(ROWS) {
+        if !VNNI {
+            // SAFETY: the token proves the instructions, `check` the reads.
+            unsafe { product(rows, tile, sums) };
+            return;
+        }
+        for first in (0..rows).step_by(VNNI_ROWS) {
             let tile = Tile { a: &tile.a[first * tile.stride..], ..tile };
-            let (rows, sums) = (ROWS.min(rows - first), &mut sums[first..]);
-            if VNNI {
-                with_rows!(rows, product_vnni(tile, sums), 1 2 3);
-            } else {
-                with_rows!(rows, product(tile, sums), 1 2 3);
-            }
+            let (rows, sums) = (VNNI_ROWS.min(rows - first), &mut sums[first..]);
+            with_rows!(rows, product_vnni(tile, sums), 1 2 3);
         }
     }
 }
 
+/// A step of activations, of 16 bits each.
+type Wide = [u16; 4];
+
+/// Widens the activations of some steps once for all columns, and multiplies.
+///
 /// # Safety
-/// `tile.check(R)` holds.
+/// `tile.check(rows)` holds.
 #[target_feature(enable = "avx2")]
-unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut [[i32; COLUMNS]]) {
-    for half in 0..2 {
-        // acc[r][j]: columns 4 j to 4 j + 3 of the half, each as two partial sums.
-        let mut acc = [[_mm256_setzero_si256(); 4]; R];
-        for (k, b) in tile.b.iter().enumerate() {
-            let b: *const __m128i = b[64 * half..].as_ptr().cast();
-            // SAFETY: half a step has 64 bytes.
-            let b = unsafe { [0, 1, 2, 3].map(|j| _mm_loadu_si128(b.add(j))) }.map(|b| _mm256_cvtepi8_epi16(b));
-            for (r, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: step k of row r, inside `tile.a` by `check`.
-                let four = unsafe { tile.a.as_ptr().add(r * tile.stride + 4 * k).cast::<i32>().read_unaligned() };
-                let four = _mm256_broadcastq_epi64(_mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
-                for j in 0..4 {
-                    acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(four, b[j]));
+unsafe fn product(rows: usize, tile: Tile<'_>, sums: &mut Sums) {
+    let mut wide = [[[0; 4]; WIDE_STEPS]; ROWS];
+    sums[..rows].fill(*tile.init);
+    for (chunk, b) in tile.b.chunks(WIDE_STEPS).enumerate() {
+        for (r, wide) in wide.iter_mut().enumerate().take(rows) {
+            let a = &tile.a[r * tile.stride + chunk * 4 * WIDE_STEPS..][..4 * b.len()];
+            let wide = wide.as_flattened_mut();
+            let (whole, tail) = a.as_chunks::<16>();
+            for (a, wide) in whole.iter().zip(wide.as_chunks_mut::<16>().0) {
+                // SAFETY: both have 16 elements.
+                unsafe {
+                    let a = _mm_loadu_si128(a.as_ptr().cast());
+                    _mm256_storeu_si256(wide.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(a));
                 }
+            }
+            wide[16 * whole.len()..].iter_mut().zip(tail).for_each(|(wide, &a)| *wide = a.into());
+        }
+        for first in (0..rows).step_by(WIDE_ROWS) {
+            let (a, sums) = (&wide[first..], &mut sums[first..]);
+            with_rows!(WIDE_ROWS.min(rows - first), product_of_wide(a, b, sums), 1 2 3 4 5 6);
+        }
+    }
+}
+
+/// Adds the products of R rows with some steps of all columns to their sums.
+///
+/// # Safety
+/// There are R rows of activations and sums.
+#[target_feature(enable = "avx2")]
+unsafe fn product_of_wide<const R: usize>(a: &[[Wide; WIDE_STEPS]], b: &[Step], sums: &mut [[i32; COLUMNS]]) {
+    let a: &[[Wide; WIDE_STEPS]; R] = a[..R].try_into().expect("bug: a slice of its length");
+    for eight in 0..COLUMNS / 8 {
+        // acc[r][j]: columns 4 j to 4 j + 3 of the eight, each as two partial sums.
+        let mut acc = [[_mm256_setzero_si256(); 2]; R];
+        for (k, b) in b.iter().enumerate().take(WIDE_STEPS) {
+            let b: *const __m128i = b[32 * eight..].as_ptr().cast();
+            // SAFETY: a quarter of a step has 32 bytes.
+            let b = unsafe { [_mm_loadu_si128(b), _mm_loadu_si128(b.add(1))] }.map(|b| _mm256_cvtepi8_epi16(b));
+            for (a, acc) in a.iter().zip(&mut acc) {
+                // SAFETY: k is below WIDE_STEPS.
+                let four = unsafe { a.as_ptr().add(k).cast::<i64>().read_unaligned() };
+                let four = _mm256_set1_epi64x(four);
+                acc[0] = _mm256_add_epi32(acc[0], _mm256_madd_epi16(four, b[0]));
+                acc[1] = _mm256_add_epi32(acc[1], _mm256_madd_epi16(four, b[1]));
             }
         }
         for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
-            for j in 0..2 {
-                let sum = _mm256_hadd_epi32(acc[2 * j], acc[2 * j + 1]);
-                let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(sum);
-                let at = 16 * half + 8 * j;
-                let init: *const __m256i = tile.init[at..at + 8].as_ptr().cast();
-                let to: *mut __m256i = sums[at..at + 8].as_mut_ptr().cast();
-                // SAFETY: both slices have 8 i32.
-                unsafe { _mm256_storeu_si256(to, _mm256_add_epi32(sum, _mm256_loadu_si256(init))) };
-            }
+            let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(acc[0], acc[1]));
+            let to: *mut __m256i = sums[8 * eight..][..8].as_mut_ptr().cast();
+            // SAFETY: eight i32.
+            unsafe { _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), sum)) };
         }
     }
 }

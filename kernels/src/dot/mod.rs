@@ -8,6 +8,8 @@ mod portable;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 /// Most rows of a tile: 12 x 2 accumulators of 16 lanes, two weights and an activation fit in 32 registers.
 pub(crate) const ROWS: usize = 12;
@@ -61,16 +63,17 @@ impl Tile<'_> {
     }
 }
 
-/// Calls `$f::<N>($tile, $sums)` for the N that equals `$rows`.
-#[cfg(target_arch = "x86_64")]
+/// Calls `$f::<N>($arguments)` for the N that equals `$rows`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! with_rows {
-    ($rows:expr, $f:ident($tile:expr, $sums:expr), $($n:literal)*) => {
+    ($rows:expr, $f:ident $arguments:tt, $($n:literal)*) => {
         match $rows {
             // SAFETY: called in a method of the token that proves the instructions; `check` proved the reads.
-            $($n => unsafe { $f::<$n>($tile, $sums) },)*
+            $($n => unsafe { with_rows!(@ $f $n $arguments) },)*
             _ => unreachable!("bug: a tile of {} rows", $rows),
         }
     };
+    (@ $f:ident $n:literal ($($argument:expr),*)) => { $f::<$n>($($argument),*) };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use with_rows;

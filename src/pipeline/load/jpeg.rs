@@ -1,8 +1,13 @@
 //! JPEG bytes -> stored RGB pixels (not yet oriented), with the colours libjpeg and Pillow give.
 //!
-//! The decoder is zune-jpeg. It is used directly, not through `image`, because `image` runs it
+//! Plain files are decoded by `baseline`. The decoder of all others (progressive, CMYK, damaged, odd in any way), and so of
+//! every verdict, is zune-jpeg. It is used directly, not through `image`, because `image` runs it
 //! leniently (a truncated file becomes a half grey picture without an error) and because its CMYK
 //! and YCCK conversions are not Pillow's. Must never return a picture that misses its end.
+
+mod baseline;
+mod header;
+mod huffman;
 
 use image::metadata::Orientation;
 use zune_jpeg::JpegDecoder;
@@ -27,6 +32,37 @@ enum Colors {
     Cmyk,
     /// As `Cmyk`, with the inverted CMY stored as YCbCr.
     Ycck,
+}
+
+/// Memory that is kept from picture to picture.
+#[derive(Default)]
+pub(super) struct Scratch(baseline::Scratch);
+
+/// What is wanted of a picture of (width, height): each pixel may be the mean of a square of that many (1, 2, 4 or 8) a side.
+pub(super) type Reduction<'a> = &'a dyn Fn(u32, u32) -> u32;
+
+/// Decodes a plain file into `pixels`, reduced where that is wanted and possible: the second result is by how
+/// much. `None` where [`decode`] is to do it.
+pub(super) fn decode_plain(
+    bytes: &[u8],
+    limits: &LoadLimits,
+    reduction: Reduction<'_>,
+    scratch: &mut Scratch,
+    pixels: &mut Vec<u8>,
+) -> Option<(Stored, u32)> {
+    let Scratch(scratch) = scratch;
+    let frame = baseline::read_frame(bytes, scratch)?;
+    let (width, height) = (frame.width as u32, frame.height as u32);
+    limits.check_pixels((width, height)).ok()?;
+    limits.check_bytes(3 * u64::from(width) * u64::from(height)).ok()?;
+    let of = |range: &Option<std::ops::Range<usize>>| range.clone().and_then(|range| bytes.get(range));
+    let orientation = orientation_of(of(&frame.exif), of(&frame.xmp)).unwrap_or(Orientation::NoTransforms);
+    // Squares begin at the stored picture's corner; turned, they must still begin at a corner.
+    let is_turned = orientation != Orientation::NoTransforms;
+    let wanted = reduction(width, height);
+    let reduction = if is_turned && [width, height].iter().any(|side| side % wanted != 0) { 1 } else { wanted };
+    baseline::decode(bytes, &frame, reduction as usize, scratch, pixels)?;
+    Some((Stored { width, height, pixels: std::mem::take(pixels), orientation }, reduction))
 }
 
 /// Decodes a JPEG into [height, width, 3] samples of 8 bits.

@@ -1,20 +1,41 @@
-//! A folder, searched recursively: entries in lexicographic order, one directory in memory at a time. Links to folders
-//! are not followed, so that a loop cannot hold the run.
+//! A folder, searched recursively, or the objects below a prefix: images in lexicographic order of their keys. One directory,
+//! or one page of a listing, is in memory at a time. Links to folders are not followed, so that a loop cannot hold the run.
 
-use std::fs::DirEntry;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::pipeline::input::is_image_extension;
-use crate::pipeline::source::{Emitter, FileShards, stem};
+use crate::pipeline::source::emitter::Emitter;
+use crate::pipeline::source::{FileShards, stem};
+use crate::storage::{Location, Object};
 
 /// Sends every image below `folder`; keys are paths below it. Returns what is wrong with the folder, if anything is.
-pub(super) fn run(folder: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Error>> {
+///
+/// # Errors
+/// [`Error::Storage`] when an object store gives no answer, and what the emitter cannot do.
+pub(super) fn run(folder: &Location, emitter: &mut Emitter<'_>) -> Result<Option<Error>> {
     let mut shards = FileShards::new(stem(folder));
-    let mut num_images = 0;
-    let mut damage = None;
+    let (is_empty, mut damage) = match folder {
+        Location::Local(path) => send_folder(path, &mut shards, emitter)?,
+        Location::Object(prefix) => (send_prefix(prefix, &mut shards, emitter)?, None),
+    };
+    shards.end(emitter)?;
+    if is_empty && !emitter.is_done() {
+        damage.get_or_insert(Error::Input {
+            input: folder.to_string(),
+            reason: "no image in it".to_owned(),
+            hint: "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp",
+        });
+    }
+    Ok(damage)
+}
+
+/// Returns whether there was no image, and the first directory's error.
+fn send_folder(folder: &Path, shards: &mut FileShards, emitter: &mut Emitter<'_>) -> Result<(bool, Option<Error>)> {
+    let (mut is_empty, mut damage) = (true, None);
     let mut walk = Walk::default();
-    let mut next = walk.enter(folder).and_then(|()| walk.next_image());
+    let mut next = walk.enter(folder.to_owned()).and_then(|()| walk.next_image());
     loop {
         let path = match next {
             Ok(Some(path)) => path,
@@ -26,29 +47,37 @@ pub(super) fn run(folder: &Path, emitter: &mut Emitter<'_>) -> Result<Option<Err
                 continue;
             }
         };
-        num_images += 1;
+        is_empty = false;
         let key = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().replace('\\', "/");
-        shards.push(emitter, &path, key)?;
+        shards.push(emitter, Location::Local(path), key)?;
         if emitter.is_done() {
             break;
         }
         next = walk.next_image();
     }
-    shards.end(emitter)?;
-    if num_images == 0 && !emitter.is_done() {
-        damage.get_or_insert(Error::Input {
-            input: folder.display().to_string(),
-            reason: "no image in it".to_owned(),
-            hint: "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp",
-        });
-    }
-    Ok(damage)
+    Ok((is_empty, damage))
 }
 
-/// Images below `folder`; `None` when it cannot be read.
-pub(super) fn count_images(folder: &Path) -> Option<u64> {
+/// Returns whether there was no image. Half a listing is no input: its error ends the run.
+fn send_prefix(prefix: &Object, shards: &mut FileShards, emitter: &mut Emitter<'_>) -> Result<bool> {
+    let mut is_empty = true;
+    for found in prefix.list()? {
+        let found = found?;
+        if found.key.rsplit_once('.').is_some_and(|(_, extension)| is_image_extension(extension)) {
+            is_empty = false;
+            shards.push(emitter, found.location, found.key)?;
+        }
+        if emitter.is_done() {
+            break;
+        }
+    }
+    Ok(is_empty)
+}
+
+/// Images below `folder`; `None` when it cannot be read or is far away.
+pub(super) fn count_images(folder: &Location) -> Option<u64> {
     let mut walk = Walk::default();
-    walk.enter(folder).ok()?;
+    walk.enter(folder.local_path()?.to_owned()).ok()?;
     let mut count = 0;
     while walk.next_image().ok()?.is_some() {
         count += 1;
@@ -56,31 +85,34 @@ pub(super) fn count_images(folder: &Path) -> Option<u64> {
     Some(count)
 }
 
-/// Depth-first walk; the stack holds the rest of each directory on the way down.
+/// Depth-first walk; the stack holds the rest of each directory on the way down, names of images and folders alone.
 #[derive(Default)]
 struct Walk {
-    stack: Vec<std::vec::IntoIter<DirEntry>>,
+    stack: Vec<(PathBuf, std::vec::IntoIter<Entry>)>,
+}
+
+struct Entry {
+    name: OsString,
+    is_folder: bool,
 }
 
 impl Walk {
-    fn enter(&mut self, folder: &Path) -> Result<()> {
-        self.stack.push(sorted_entries(folder)?);
+    fn enter(&mut self, folder: PathBuf) -> Result<()> {
+        let entries = sorted_entries(&folder)?;
+        self.stack.push((folder, entries));
         Ok(())
     }
 
     fn next_image(&mut self) -> Result<Option<PathBuf>> {
-        while let Some(entries) = self.stack.last_mut() {
+        while let Some((folder, entries)) = self.stack.last_mut() {
             let Some(entry) = entries.next() else {
                 self.stack.pop();
                 continue;
             };
-            let path = entry.path();
-            let kind = entry.file_type().map_err(Error::io("read", &path))?;
-            if kind.is_dir() {
-                self.enter(&path)?;
-            } else if path.extension().is_some_and(|extension| is_image_extension(&extension.to_string_lossy()))
-                && (kind.is_file() || path.is_file())
-            {
+            let path = folder.join(&entry.name);
+            if entry.is_folder {
+                self.enter(path)?;
+            } else {
                 return Ok(Some(path));
             }
         }
@@ -88,9 +120,24 @@ impl Walk {
     }
 }
 
-fn sorted_entries(folder: &Path) -> Result<std::vec::IntoIter<DirEntry>> {
-    let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-    let mut entries = entries.map_err(Error::io("read", folder))?;
-    entries.sort_by_key(DirEntry::file_name);
+/// Folders compare as if a slash stood behind them: the keys of the whole walk come in order then, and in that of the same
+/// files in an object store.
+fn sorted_entries(folder: &Path) -> Result<std::vec::IntoIter<Entry>> {
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let entry = entry.map_err(Error::io("read", folder))?;
+        let kind = entry.file_type().map_err(Error::io("read", folder))?;
+        let name = entry.file_name();
+        let is_image = Path::new(&name).extension().is_some_and(|end| is_image_extension(&end.to_string_lossy()))
+            && (kind.is_file() || (kind.is_symlink() && entry.path().is_file()));
+        if kind.is_dir() || is_image {
+            entries.push(Entry { name, is_folder: kind.is_dir() });
+        }
+    }
+    entries.sort_unstable_by(|a, b| order(a).cmp(order(b)));
     Ok(entries.into_iter())
+}
+
+fn order(entry: &Entry) -> impl Iterator<Item = u8> {
+    entry.name.as_encoded_bytes().iter().copied().chain(entry.is_folder.then_some(b'/'))
 }

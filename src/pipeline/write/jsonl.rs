@@ -5,7 +5,9 @@ use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::pipeline::write::{Counts, WrittenRow, write_atomically};
+use crate::pipeline::write::journal::Entry;
+use crate::pipeline::write::write_atomically;
+use crate::pipeline::write::written_row::WrittenRow;
 
 /// One row as a JSON object, without a newline.
 #[must_use]
@@ -17,11 +19,11 @@ pub fn row_to_json(row: &WrittenRow, with_token_ids: bool) -> String {
     json.to_string()
 }
 
-pub(super) fn write(path: &Path, rows: &[WrittenRow], with_token_ids: bool) -> Result<()> {
+pub(super) fn write(path: &Path, rows: &mut dyn Iterator<Item = Result<Entry>>, with_token_ids: bool) -> Result<()> {
     write_atomically(path, |file| {
         let mut writer = BufWriter::new(file);
-        for row in rows {
-            writeln!(writer, "{}", row_to_json(row, with_token_ids)).map_err(Error::io("write", path))?;
+        for entry in rows {
+            writeln!(writer, "{}", row_to_json(&entry?.row, with_token_ids)).map_err(Error::io("write", path))?;
         }
         writer.flush().map_err(Error::io("write", path))
     })
@@ -36,27 +38,15 @@ pub(super) fn print(rows: &[WrittenRow], with_token_ids: bool) -> Result<()> {
     output.flush().map_err(Error::io("write", Path::new("standard output")))
 }
 
-/// Counts of a finished file, by reading it.
-pub(super) fn read_counts(path: &Path, prompt_tokens: usize) -> Result<Counts> {
-    #[derive(serde::Deserialize)]
-    struct Fields {
-        status: String,
-        num_tokens: Option<u64>,
-    }
+/// Reads the rows of a finished file, in order.
+pub(super) fn read(path: &Path, each: &mut dyn FnMut(Entry) -> Result<()>) -> Result<()> {
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let mut counts = Counts::default();
     for line in BufReader::new(file).lines() {
         let line = line.map_err(Error::io("read", path))?;
-        let fields: Fields = serde_json::from_str(&line)
-            .map_err(|error| Error::io("read", path)(std::io::Error::new(std::io::ErrorKind::InvalidData, error)))?;
-        let is_ok = u64::from(fields.status == "ok");
-        counts.add(Counts {
-            rows: 1,
-            ok: is_ok,
-            failed: 1 - is_ok,
-            prompt_tokens: is_ok * prompt_tokens as u64,
-            new_tokens: fields.num_tokens.unwrap_or(0),
-        });
+        let row = serde_json::from_str(&line).and_then(WrittenRow::from_json);
+        let row =
+            row.map_err(|error| Error::io("read", path)(std::io::Error::new(std::io::ErrorKind::InvalidData, error)))?;
+        each(Entry { row, image: Vec::new() })?;
     }
-    Ok(counts)
+    Ok(())
 }

@@ -16,25 +16,56 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::error::{Error, Result};
-use crate::pipeline::write::{FinishedShard, WrittenRow, write_atomically};
+use crate::model::sequence::FinishReason;
+use crate::pipeline::write::journal::Entry;
+use crate::pipeline::write::output::FinishedShard;
+use crate::pipeline::write::write_atomically;
+use crate::pipeline::write::written_row::WrittenRow;
 
 /// Key of the shard's counts and identity in the file's metadata.
 const SHARD_KEY: &str = "recaption.shard";
 
-pub(super) fn write(path: &Path, rows: &[WrittenRow], shard: &FinishedShard, with_token_ids: bool) -> Result<()> {
-    let batch = record_batch(rows, with_token_ids);
+/// Rows that are turned into columns at a time.
+const ROWS_PER_BATCH: usize = 1024;
+
+pub(super) fn write(
+    path: &Path,
+    rows: &mut dyn Iterator<Item = Result<Entry>>,
+    shard: &FinishedShard,
+    with_token_ids: bool,
+) -> Result<()> {
     let shard = serde_json::to_string(shard).expect("bug: counts serialise");
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_key_value_metadata(Some(vec![KeyValue::new(SHARD_KEY.to_owned(), shard)]))
         .build();
     write_atomically(path, |file| {
-        let written = ArrowWriter::try_new(file, batch.schema(), Some(properties)).and_then(|mut writer| {
-            writer.write(&batch)?;
-            writer.close()
-        });
-        written.map(|_| ()).map_err(|source| disk_error("write", path, source))
+        let failed = |source| disk_error("write", path, source);
+        let schema = record_batch(&[], with_token_ids).schema();
+        let mut writer = ArrowWriter::try_new(file, schema, Some(properties)).map_err(failed)?;
+        loop {
+            let batch = rows.take(ROWS_PER_BATCH).map(|entry| Ok(entry?.row)).collect::<Result<Vec<_>>>()?;
+            if batch.is_empty() {
+                break;
+            }
+            writer.write(&record_batch(&batch, with_token_ids)).map_err(failed)?;
+        }
+        writer.close().map(|_| ()).map_err(failed)
     })
+}
+
+/// Reads the rows of a finished file, in order.
+pub(super) fn read(path: &Path, each: &mut dyn FnMut(Entry) -> Result<()>) -> Result<()> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let failed = |source| disk_error("read", path, source);
+    let reader = SerializedFileReader::new(file).map_err(failed)?;
+    for row in reader.get_row_iter(None).map_err(failed)? {
+        let json = row.map_err(failed)?.to_json_value();
+        let row = WrittenRow::from_json(json)
+            .map_err(|error| failed(ParquetError::General(format!("its columns are not those of a run: {error}"))))?;
+        each(Entry { row, image: Vec::new() })?;
+    }
+    Ok(())
 }
 
 /// What a finished file says of its shard, from its metadata.
@@ -78,9 +109,9 @@ fn record_batch(rows: &[WrittenRow], with_token_ids: bool) -> RecordBatch {
     columns.float64("re_clip_score", |row| row.re_clip_score);
     columns.int64("org_gpt4v_score", |row| row.org_gpt4v_score);
     columns.int64("re_gpt4v_score", |row| row.re_gpt4v_score);
-    columns.required("status", |row| row.status);
+    columns.required("status", |row| row.status.name());
     columns.text("error", |row| row.error.as_deref());
-    columns.text("finish_reason", |row| row.finish_reason);
+    columns.text("finish_reason", |row| row.finish_reason.map(FinishReason::name));
     columns.int64("num_tokens", |row| row.num_tokens);
     columns.int32("width", |row| row.width);
     columns.int32("height", |row| row.height);
