@@ -263,7 +263,9 @@ fn inputs_in_s3_give_the_rows_of_the_same_files() {
     let server = S3::start();
     for name in ["img2dataset.tar", "webdataset.tar", "plain.parquet"] {
         server.put(&format!("shards/{name}"), &contents(name));
-        server.put(&format!("numbered/{}.tar", usize::from(name == "webdataset.tar")), &contents(name));
+    }
+    for (number, name) in ["img2dataset.tar", "webdataset.tar"].into_iter().enumerate() {
+        server.put(&format!("numbered/{number}.tar"), &contents(name));
     }
     for name in ["a", "b", "c"] {
         server.put(&format!("photos/deep/{name}.png"), &image(name));
@@ -288,7 +290,7 @@ fn inputs_in_s3_give_the_rows_of_the_same_files() {
         assert_eq!(printed_rows(&far)[0]["source"], format!("s3://bucket/shards/{name}"));
     }
     let range = run_with(&["s3://bucket/numbered/{0..1}.tar"], "", &environment);
-    assert_eq!(printed_rows(&range).len(), 7 + 4, "{}", stderr(&range));
+    assert_eq!(printed_rows(&range).len(), 5 + 4, "{}", stderr(&range));
     let prefix = run_with(&["s3://bucket/photos/"], "", &environment);
     let local = run(&[root("tests/data/images/42").to_str().unwrap()]);
     let captions = |output: &Output| -> Vec<Value> {
