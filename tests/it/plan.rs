@@ -151,9 +151,9 @@ fn few_images_take_longer_each_than_many() {
     assert!(one > 5.0 * many && some > 1.02 * many, "{one} {some} {many}");
 }
 
-/// A plan from the demo's profile is made of the profile's parts.
+/// The demo's own profile: a plan for the same images must say what they took. And for others it must be made of the same parts.
 #[test]
-fn a_profile_scales_to_other_runs() {
+fn a_profile_predicts_its_own_run_and_scales_to_others() {
     let (bundle, out) = (demo_bundle(), tempfile::tempdir().unwrap());
     let (shard, out_text) = (demo_shard(), out.path().to_str().unwrap());
     let fixed = ["profile", shard.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--out", out_text];
@@ -180,7 +180,9 @@ fn a_profile_scales_to_other_runs() {
     }
 
     let plan = from(&["--images", "64"]);
-    assert!(number(&plan["job"]["images_per_second"]["likely"]) > 0.0);
+    let (told, measured) =
+        (number(&plan["job"]["images_per_second"]["likely"]), number(&profile["run"]["images_per_second"]));
+    assert!((told / measured - 1.0).abs() < 0.15, "the plan says {told} images/s, the run made {measured}");
     assert_eq!(plan["image"]["new_tokens"], 32.0);
     assert_eq!(plan["memory"]["num_slots"], profile["settings"]["engines"][0]["num_slots"]);
     assert_eq!(plan["basis"]["kind"], "profile");
