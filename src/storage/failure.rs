@@ -54,6 +54,10 @@ impl Failure {
     fn of(error: &object_store::Error) -> Self {
         use object_store::Error as Store;
         match error {
+            // Of a web server that answers GET alone, the client says that nothing is there.
+            Store::NotFound { source, .. } if source.to_string().contains("status code: 405") => {
+                return Self::Unsupported;
+            }
             Store::NotFound { .. } => return Self::NotFound,
             Store::PermissionDenied { .. } | Store::Unauthenticated { .. } => return Self::Denied,
             Store::Precondition { .. } | Store::NotModified { .. } => return Self::Changed,
