@@ -12,9 +12,9 @@ use crate::support::{
     copy_folder, demo_bundle, demo_shard, edit_json, parquet_rows, read_json, recaption, root, stderr,
 };
 
-/// Time of a thread that no span accounts for, as a share of its own. On a machine with other work a thread is often put aside
-/// just when it hands something over, between two spans: 6 % was seen there with a debug build.
-const MAX_OTHER_SHARE: f64 = 0.25;
+/// Time of a thread that no span accounts for, as a share of its own: a stage without spans is more. On a machine with other work
+/// a thread is often put aside between two spans, so this is no measurement; scripts/profile/check.py makes one.
+const MAX_OTHER_SHARE: f64 = 0.5;
 
 struct Profiled {
     folder: TempDir,
@@ -115,8 +115,9 @@ fn a_profile_adds_up_and_counts_what_a_run_writes() {
     assert_eq!(used.vision.flops, 64.0 * vision);
     let decoder = inspected["graphs"].as_array().unwrap().iter().find(|graph| graph["name"] == "decoder").unwrap();
     assert_eq!(profile.bundle.weight_bytes["decoder"], decoder["read_bytes"].as_u64().unwrap());
-    // The demo's embedding table is its head's too: everything is read.
-    assert!(decoder["read_bytes"].as_u64().unwrap() * 100 > decoder["data_bytes"].as_u64().unwrap() * 99);
+    // All but the embedding table, which is looked up in: 706 rows of 192 f32 that the demo's head does not share.
+    let (read, all) = (decoder["read_bytes"].as_f64().unwrap(), decoder["data_bytes"].as_f64().unwrap());
+    assert!(((read + 4.0 * 706.0 * 192.0) / all - 1.0).abs() < 0.01, "{read} of {all}");
 
     assert!(table.contains("bottleneck: ") && table.contains("time per output token"), "{table}");
     let mut files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
