@@ -104,6 +104,12 @@ fn prepare(args: &RunArgs) -> Result<(RunOptions, Value)> {
     })?;
     let settings = settings(args, &options.bundle, &options.prompt, args.format.into())?;
     if let Some(folder) = &args.out {
+        if folder.to_string_lossy().contains("://") {
+            return Err(Error::Setting {
+                reason: format!("--out `{}`: captions are written to folders only", folder.display()),
+                hint: "give a folder, and copy its files to the store when they are there".to_owned(),
+            });
+        }
         options.sink = Sink::Folder(output::options(folder, args, &settings)?);
     }
     options.max_failures = args.max_failures;

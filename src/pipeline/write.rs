@@ -237,9 +237,18 @@ impl<'a> Writer<'a> {
         };
         match &ended.identity {
             Some(identity) => {
+                let (ok, failed) = (open.journal.counts().ok, open.journal.counts().failed);
                 output.commit(&ended.shard.name, *open, ended.num_rows, identity)?;
                 live::count_shard(ShardState::Written);
-                tracing::info!(shard = ended.shard.name, rows = ended.num_rows, "shard written");
+                let path = output.path(&ended.shard.name);
+                tracing::info!(
+                    shard = ended.shard.name,
+                    path = %path.display(),
+                    rows = ended.num_rows,
+                    ok,
+                    failed,
+                    "shard written"
+                );
                 self.report.num_committed += num_new_rows as u64;
                 Ok(())
             }

@@ -61,6 +61,8 @@ fn shards_are_told_with_their_counts() {
     let events = events(&run(shard.to_str().unwrap(), &tail, &[]));
     let written = events.iter().find(|event| event["message"] == "shard written").unwrap();
     assert_eq!((&written["shard"], &written["rows"]), (&"00000".into(), &3.into()));
+    assert_eq!((&written["ok"], &written["failed"]), (&3.into(), &0.into()));
+    assert!(written["path"].as_str().unwrap().ends_with("captions-00000.parquet"));
 }
 
 #[test]

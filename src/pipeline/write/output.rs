@@ -154,7 +154,8 @@ impl Output {
         Ok(output)
     }
 
-    fn path(&self, shard: &str) -> PathBuf {
+    /// The file of `shard`.
+    pub(crate) fn path(&self, shard: &str) -> PathBuf {
         let extension = self.options.format.extension();
         self.options.folder.join(format!("captions-{shard}.{extension}"))
     }
