@@ -291,7 +291,7 @@ impl From<TargetArg> for Target {
 /// `recaption run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// Images, folders, webdataset tars, brace ranges, or - for paths on standard input
+    /// Images, folders, webdataset tars, Parquet files or brace ranges of them, as paths or URLs; - for a list on standard input
     #[arg(required = true, value_name = "INPUT")]
     pub inputs: Vec<String>,
     /// Folder of the bundle, made by `recaption export`
@@ -373,7 +373,7 @@ pub struct RunArgs {
 /// `recaption profile`.
 #[derive(Args, Debug)]
 pub struct ProfileArgs {
-    /// Images, folders, webdataset tars, brace ranges, or - for paths on standard input
+    /// Images, folders, webdataset tars, Parquet files or brace ranges of them, as paths or URLs; - for a list on standard input
     #[arg(required = true, value_name = "INPUT")]
     pub inputs: Vec<String>,
     /// Folder of the bundle, made by `recaption export`

@@ -111,7 +111,10 @@ fn objects_behave_as_files_do() {
         return;
     }
     let server = S3::start();
-    (0..1005).for_each(|index| server.put(&format!("many/below/x/{index:04}.png"), b"x"));
+    // More than a page of a listing.
+    let put =
+        |first: usize| (first..1005).step_by(16).for_each(|at| server.put(&format!("many/below/x/{at:04}.png"), b"x"));
+    std::thread::scope(|scope| (0..16).for_each(|first| drop(scope.spawn(move || put(first)))));
     server.put("many/below-not/x.png", b"x");
     let output = run_again("objects_behave_as_files_do", &s3_environment(server.port));
     assert!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), stderr(&output));
