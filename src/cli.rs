@@ -106,7 +106,7 @@ pub enum Command {
     /// Captions INPUT as `run` does, with the same flags, and throws the captions away. Prints a table of the stages: how many
     /// batches, how long they and their queues take, which stage limits the run; time to first token and per token; how much of
     /// the machine's peaks for matrix products and for reading memory was used, which are measured at the end. Writes to
-    /// --out: profile.json (all numbers, for `recaption plan`), trace.json (open it at https://ui.perfetto.dev) and report.html
+    /// --out: profile.json (all numbers, for `recaption plan`), trace.json (open it at ui.perfetto.dev) and report.html
     /// (one page with pictures, which loads nothing).
     #[command(after_long_help = "Examples:\n  recaption profile photos/ --model bundles/llava-8b --out profile\n  \
         recaption profile 'shards/{00000..00001}.tar' --model bundles/llava-8b --out profile --limit 2000\n  \

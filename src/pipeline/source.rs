@@ -1,4 +1,4 @@
-//! Source: inputs to [`ImageRecord`]s, in input order, with what the input says about each image.
+//! Source: inputs to `ImageRecord`s, in input order, with what the input says about each image.
 //!
 //! Cuts the inputs into shards, skips those that are written already, and tells the write stage how many rows each
 //! shard has. An image that cannot be read is a failed row; an input that cannot be read on is

@@ -87,7 +87,8 @@ fn scrape_after(port: u16, num_rows: f64) -> BTreeMap<String, f64> {
     loop {
         let samples = parse(&scrape(port));
         // None at all before the run is prepared.
-        let of = |status: &str| samples.get(&format!("recaption_rows_total{{status={status}}}")).copied().unwrap_or(0.0);
+        let of =
+            |status: &str| samples.get(&format!("recaption_rows_total{{status={status}}}")).copied().unwrap_or(0.0);
         let rows = of("ok") + of("failed");
         if rows >= num_rows {
             return samples;
