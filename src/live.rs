@@ -153,7 +153,6 @@ async fn tick() {
 impl Live {
     /// Shows what is known before the first image, and everything that will be counted as 0.
     pub(crate) fn new(facts: Facts) -> Arc<Self> {
-        gauge!(BUILD_INFO, &facts.build).set(1.0);
         if let Ok(time) = SystemTime::now().duration_since(UNIX_EPOCH) {
             gauge!(START_TIME).set(time.as_secs_f64());
         }
@@ -183,13 +182,16 @@ impl Live {
             gauges.kv_cache_usage.set(0.0);
             gauges
         };
-        Arc::new(Self {
+        let live = Arc::new(Self {
             stage_seconds: Stage::ALL.map(|stage| histogram!(STAGE_SECONDS, "stage" => stage.name())),
             queue_depth: Stage::ALL.map(|stage| gauge!(QUEUE_DEPTH, "queue" => stage.name())),
             engines: facts.engines.into_iter().enumerate().map(engine).collect(),
             ttft: histogram!(TTFT),
             tpot: histogram!(TPOT),
-        })
+        });
+        // Last: who sees it sees all the others.
+        gauge!(BUILD_INFO, &facts.build).set(1.0);
+        live
     }
 
     /// The engine whose thread this is.
