@@ -168,6 +168,9 @@ impl Live {
         for state in ["claimed", "written", "skipped"] {
             counter!(SHARDS, "state" => state).absolute(0);
         }
+        for stage in [Stage::Load, Stage::Preprocess, Stage::Vision, Stage::Write] {
+            gauge!(QUEUE_CAPACITY, "queue" => stage.name()).set(0.0);
+        }
         gauge!(ENGINES_ALIVE).set(facts.engines.len() as f64);
         let engine = |(i, (num_slots, max_length)): (usize, (usize, usize))| {
             let name = i.to_string();
