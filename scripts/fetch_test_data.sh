@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Fetches the test data that this repository may not carry, into tests/data/fetched (about 35 MB to download, 50 MB
+# Fetches the test data that this repository may not carry, into tests/data/fetched (about 85 MB to download, 100 MB
 # where apt is at hand):
 #   llama3/tokenizer.json   LLaMA-3's tokenizer
 #   photos/                 photographs with reference tensors for the preprocessing (see photos/index.json)
+#   pillow/                 the images of Pillow's test suite, with Pillow's verdict on each (see pillow/verdict.json)
 #
-#   scripts/fetch_test_data.sh [tokenizer | photos]     (both when none is named)
+#   scripts/fetch_test_data.sh [tokenizer | photos | pillow]     (all when none is named)
 #
 # Needs Python 3.10 or later with pip. What is there already is kept; delete tests/data/fetched to begin anew.
 set -euo pipefail
@@ -93,6 +94,24 @@ fetch_photos() {
     mv $photos.part $photos
 }
 
+fetch_pillow() {
+    local pillow=$fetched/pillow
+    make_venv
+    if [ -e $pillow/verdict.json ]; then
+        echo "$pillow/verdict.json is there"
+        return
+    fi
+    # The source distribution: wheels come without the tests.
+    local hash=cdcd1ba258178f7356d74170c9a81ba4eab6a5d55748bc402a5a2a6fe6be3510
+    echo "pillow==13.0.0 --hash=sha256:$hash" >"$scratch/requirement.txt"
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes --no-binary pillow \
+        --dest "$scratch" --requirement "$scratch/requirement.txt"
+    rm -rf $pillow $pillow.part
+    $light $golden/make_pillow.py "$scratch"/pillow-13.0.0.tar.gz $pillow.part 2>/dev/null
+    mv $pillow.part $pillow
+    echo "$pillow made"
+}
+
 # ONNX Runtime with its GPU providers, for what they say where there is no GPU.
 fetch_gpu_runtime() {
     if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; then
@@ -103,14 +122,16 @@ fetch_gpu_runtime() {
 case ${1:-all} in
 tokenizer) fetch_tokenizer ;;
 photos) fetch_photos ;;
+pillow) fetch_pillow ;;
 all)
     fetch_tokenizer
     fetch_photos
+    fetch_pillow
     fetch_gpu_runtime
     ;;
 gpu) fetch_gpu_runtime ;;
 *)
-    echo "usage: $0 [tokenizer | photos | gpu]" >&2
+    echo "usage: $0 [tokenizer | photos | pillow | gpu]" >&2
     exit 2
     ;;
 esac

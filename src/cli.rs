@@ -1,5 +1,7 @@
 //! The command line: what the user types, and the help that teaches it.
 
+mod limits;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -17,6 +19,8 @@ use crate::pipeline::write::failures::MaxFailures;
 use crate::pipeline::write::fault::Fault;
 use crate::runtime::ProviderChoice;
 use crate::stage::Stage;
+
+pub use limits::LimitArgs;
 
 /// Exports vision-language captioners to ONNX and re-captions web images by the billion.
 #[derive(Debug, Parser)]
@@ -102,7 +106,7 @@ pub enum Command {
     /// Captions INPUT as `run` does, with the same flags, and throws the captions away. Prints a table of the stages: how many
     /// batches, how long they and their queues take, which stage limits the run; time to first token and per token; how much of
     /// the machine's peaks for matrix products and for reading memory was used, which are measured at the end. Writes to
-    /// --out: profile.json (all numbers, for `recaption plan`), trace.json (open it at https://ui.perfetto.dev) and report.html
+    /// --out: profile.json (all numbers, for `recaption plan`), trace.json (open it at ui.perfetto.dev) and report.html
     /// (one page with pictures, which loads nothing).
     #[command(after_long_help = "Examples:\n  recaption profile photos/ --model bundles/llava-8b --out profile\n  \
         recaption profile 'shards/{00000..00001}.tar' --model bundles/llava-8b --out profile --limit 2000\n  \
@@ -287,7 +291,7 @@ impl From<TargetArg> for Target {
 /// `recaption run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// Images, folders, webdataset tars, brace ranges, or - for paths on standard input
+    /// Images, folders, webdataset tars, Parquet files or brace ranges of them, as paths or URLs; - for a list on standard input
     #[arg(required = true, value_name = "INPUT")]
     pub inputs: Vec<String>,
     /// Folder of the bundle, made by `recaption export`
@@ -298,8 +302,8 @@ pub struct RunArgs {
     /// Folder for the captions; without it they go to standard output as JSON Lines
     ///
     /// Holds captions-{shard}.parquet for each input shard, run.json (the settings) and summary.json. The same command
-    /// again goes on where the last one ended, and several processes may share the folder. May be s3://, gs:// or az://, with
-    /// --work-dir. Example: --out captions
+    /// again goes on where the last one ended, and several processes may share the folder. s3://, gs:// and az:// need
+    /// --work-dir beside it. Example: --out captions
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Format of the files in --out
@@ -314,7 +318,8 @@ pub struct RunArgs {
     pub with_token_ids: bool,
     /// Folder on a local disk for the journals of shards in progress
     ///
-    /// Default: --out, which an object store cannot be. A run that goes on must be given the same one. Example: --work-dir /var/tmp/recaption
+    /// Default: --out; needed where that is in an object store. A run that goes on must be given the same one.
+    /// Example: --work-dir /var/tmp/recaption
     #[arg(long, value_name = "DIR", requires = "out")]
     pub work_dir: Option<PathBuf>,
     /// Longest time, in seconds, that a finished caption may be lost to a power loss
@@ -375,7 +380,7 @@ pub struct RunArgs {
 /// `recaption profile`.
 #[derive(Args, Debug)]
 pub struct ProfileArgs {
-    /// Images, folders, webdataset tars, brace ranges, or - for paths on standard input
+    /// Images, folders, webdataset tars, Parquet files or brace ranges of them, as paths or URLs; - for a list on standard input
     #[arg(required = true, value_name = "INPUT")]
     pub inputs: Vec<String>,
     /// Folder of the bundle, made by `recaption export`
@@ -495,16 +500,9 @@ pub struct CaptioningArgs {
     /// Example: --storage-timeout 20
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub storage_timeout: u64,
-    /// Fail images of more pixels than this, before they are decoded
-    ///
-    /// The default is where Pillow refuses an image as a decompression bomb. Example: --max-pixels 50000000
-    #[arg(long, value_name = "N", default_value_t = 178_956_970)]
-    pub max_pixels: u64,
-    /// Fail image files larger than this
-    ///
-    /// Example: --max-image-bytes 20000000
-    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
-    pub max_image_bytes: u64,
+    /// What the inputs may cost.
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Show no progress and no summary on standard error
     ///
     /// Example: --quiet

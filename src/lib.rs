@@ -8,6 +8,8 @@ pub mod cli;
 pub mod commands;
 pub mod console;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod live;
 pub mod model;
 pub mod pipeline;

@@ -153,7 +153,6 @@ async fn tick() {
 impl Live {
     /// Shows what is known before the first image, and everything that will be counted as 0.
     pub(crate) fn new(facts: Facts) -> Arc<Self> {
-        gauge!(BUILD_INFO, &facts.build).set(1.0);
         if let Ok(time) = SystemTime::now().duration_since(UNIX_EPOCH) {
             gauge!(START_TIME).set(time.as_secs_f64());
         }
@@ -169,6 +168,9 @@ impl Live {
         for state in ["claimed", "written", "skipped"] {
             counter!(SHARDS, "state" => state).absolute(0);
         }
+        for stage in [Stage::Load, Stage::Preprocess, Stage::Vision, Stage::Write] {
+            gauge!(QUEUE_CAPACITY, "queue" => stage.name()).set(0.0);
+        }
         gauge!(ENGINES_ALIVE).set(facts.engines.len() as f64);
         let engine = |(i, (num_slots, max_length)): (usize, (usize, usize))| {
             let name = i.to_string();
@@ -183,13 +185,16 @@ impl Live {
             gauges.kv_cache_usage.set(0.0);
             gauges
         };
-        Arc::new(Self {
+        let live = Arc::new(Self {
             stage_seconds: Stage::ALL.map(|stage| histogram!(STAGE_SECONDS, "stage" => stage.name())),
             queue_depth: Stage::ALL.map(|stage| gauge!(QUEUE_DEPTH, "queue" => stage.name())),
             engines: facts.engines.into_iter().enumerate().map(engine).collect(),
             ttft: histogram!(TTFT),
             tpot: histogram!(TPOT),
-        })
+        });
+        // Last: who sees it sees all the others.
+        gauge!(BUILD_INFO, &facts.build).set(1.0);
+        live
     }
 
     /// The engine whose thread this is.

@@ -138,8 +138,11 @@ impl Location {
         match self {
             Self::Local(path) => Self::Local(path.join(name)),
             Self::Object(object) => {
-                let parts = name.split('/').filter(|part| !part.is_empty());
-                let path = parts.fold(object.path.clone(), |path, part| path.join(part));
+                // Names are keys as they stand, as in a URL; what no key may have is escaped.
+                let path = object_store::path::Path::parse(format!("{}/{name}", object.path)).unwrap_or_else(|_| {
+                    let parts = name.split('/').filter(|part| !part.is_empty());
+                    parts.fold(object.path.clone(), |path, part| path.join(part))
+                });
                 Self::Object(Object { path, ..object.clone() })
             }
         }
@@ -248,6 +251,8 @@ mod tests {
         assert_eq!(shown("https://me:secret@host:81/a%20b.tar?signature=secret#x"), "https://host:81/a%20b.tar");
         assert_eq!(shown("file:///tmp/a%20b"), "/tmp/a b");
         assert_eq!(Location::parse("s3://b/x/").unwrap().join("y/z.tar").to_string(), "s3://b/x/y/z.tar");
+        assert_eq!(Location::parse("s3://b").unwrap().join("ä 1%.txt").to_string(), "s3://b/ä 1%.txt");
+        assert_eq!(Location::parse("s3://b/x").unwrap().join("../y").to_string(), "s3://b/x/%2E%2E/y");
         assert_eq!(Location::parse("s3://b/x/y.tar").unwrap().file_name(), "y.tar");
         for bad in ["ftp://host/a", "s3:///a", "s3://bucket/a//b", "s3://bucket/../b", "http://", "file://host/a"] {
             assert!(Location::parse(bad).is_err(), "{bad}");

@@ -19,6 +19,8 @@ mod encoder;
 mod error;
 mod float8;
 pub mod flops;
+#[doc(hidden)]
+pub mod fuzzing;
 mod graph;
 pub mod inspect;
 mod linear;

@@ -21,7 +21,7 @@ pub fn greedy_ids(
     if columns == 0 {
         return Err(Error::Shape("greedy ids: rows without logits".to_owned()));
     }
-    check_len("logits", ids.len() * columns, logits.len())?;
+    check_len("logits", ids.len().saturating_mul(columns), logits.len())?;
     let num_rows = ids.len();
     let ids = Shared::new(ids);
     workers.for_each(num_rows, &|row| {
@@ -100,5 +100,7 @@ mod tests {
     fn lengths_are_checked() {
         assert!(greedy_ids(Level::PORTABLE, &Serial, &[0.0; 3], 2, &mut [0, 0]).is_err());
         assert!(greedy_ids(Level::PORTABLE, &Serial, &[], 0, &mut []).is_err());
+        // Two rows of half of all addresses are not none.
+        assert!(greedy_ids(Level::PORTABLE, &Serial, &[], usize::MAX / 2 + 1, &mut [0, 0]).is_err());
     }
 }

@@ -1,10 +1,10 @@
-"""Loads librecaption_operators.so into Python's onnxruntime and decodes with it: a program that is not recaption.
+"""Loads librecaption_operators.so into Python's onnxruntime and decodes with it, as other programs may.
 
     python scripts/golden/run_operators_library.py LIBRARY CPU_BUNDLE FP32_BUNDLE
 
-Feeds the same ids to the decoder of a `--target cpu` bundle, through the library's operators, and to the fp32 one of
-the same checkpoint, through ONNX Runtime's own. Prints JSON: how often the two agree on the next token, and the mean
-absolute difference of their log-probabilities.
+Feeds the same ids to the decoder of a `--target cpu` bundle, through the library's operators, and to the
+fp32 one of the same checkpoint, through ONNX Runtime's own. Prints JSON: how often the two agree on the next
+token, and the mean absolute difference of their log-probabilities.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::RunOptions;
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
-use crate::pipeline::load::LoadLimits;
 use crate::pipeline::source;
 use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::Sink;
@@ -80,8 +79,8 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
         prompt,
         engines,
         num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
-        load_limits: LoadLimits { max_pixels: args.max_pixels, ..LoadLimits::default() },
-        max_image_bytes: args.max_image_bytes,
+        load_limits: args.limits.load(),
+        source_limits: args.limits.source(),
         image_column: args.image_column.clone(),
         limit: args.limit,
         with_token_ids,

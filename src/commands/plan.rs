@@ -111,7 +111,8 @@ fn scaled(args: &PlanArgs, path: &Path) -> Result<Question> {
         num_images: args.images,
         price_per_hour: args.price_per_hour,
         preprocessing: Range { low: preprocessing, likely: preprocessing, high: preprocessing },
-        num_cores: args.cores,
+        // Elsewhere there are enough, unless the user says.
+        num_cores: args.cores.or((!is_elsewhere).then_some(scaled.num_cores)),
         model,
         device,
     })

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cli::RunArgs;
+use crate::cli::{LimitArgs, RunArgs};
 use crate::commands::Outcome;
 use crate::commands::captioning::{self, Request};
 use crate::console::{print_error, print_line};
@@ -107,12 +107,22 @@ fn prepare(args: &RunArgs) -> Result<(RunOptions, Value)> {
     })?;
     let settings = settings(args, &options.bundle, &options.prompt, args.format.into())?;
     if let Some(folder) = &args.out {
-        let folder = folder.to_str().map_or_else(|| Ok(folder.clone().into()), Location::parse)?;
-        options.sink = Sink::Folder(output::options(&folder, args, &settings)?);
+        options.sink = Sink::Folder(output::options(&output::location(folder)?, args, &settings)?);
     }
     options.max_failures = args.max_failures;
     options.part = args.part;
     Ok((options, settings))
+}
+
+/// Limits decide which images fail.
+fn settings_of(limits: &LimitArgs) -> Value {
+    json!({
+        "max_pixels": limits.max_pixels,
+        "max_decoded_bytes": limits.max_decoded_bytes,
+        "max_image_bytes": limits.max_image_bytes,
+        "max_sidecar_bytes": limits.max_sidecar_bytes,
+        "max_json_depth": limits.max_json_depth,
+    })
 }
 
 /// `run.json`: what decides the captions. A run into the same folder must agree with it.
@@ -131,8 +141,7 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
             "with_token_ids": args.with_token_ids,
             "limit": args.captioning.limit,
             "image_column": args.captioning.image_column,
-            "max_pixels": args.captioning.max_pixels,
-            "max_image_bytes": args.captioning.max_image_bytes,
+            "limits": settings_of(&args.captioning.limits),
             "format": format,
         },
     }))

@@ -177,7 +177,7 @@ fn default_rendering(text: &str, settings: &PromptSettings) -> (String, String) 
 }
 
 /// A template given by hand: the image as a content part, or, for templates that know text only, in the text.
-fn render_chat(source: &str, text: &str, settings: &PromptSettings) -> Result<String, String> {
+pub(crate) fn render_chat(source: &str, text: &str, settings: &PromptSettings) -> Result<String, String> {
     match render_with_image_part(source, text, settings) {
         Ok(rendered) if rendered.contains(&settings.image_token) => Ok(rendered),
         first => {
@@ -193,7 +193,10 @@ fn render_with_image_part(source: &str, text: &str, settings: &PromptSettings) -
 }
 
 fn render_message(source: &str, content: minijinja::Value, settings: &PromptSettings) -> Result<String, String> {
+    // Real templates take a few thousand instructions; loops within loops can take years.
+    const MAX_INSTRUCTIONS: u64 = 1_000_000;
     let mut environment = Environment::new();
+    environment.set_fuel(Some(MAX_INSTRUCTIONS));
     // As transformers configures Jinja.
     environment
         .set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().expect("bug: valid syntax"));
@@ -243,6 +246,14 @@ mod tests {
             assert_eq!(name, "llava-pp-llama3");
             assert!(rendered.contains("<image>\nhi<|eot_id|>"));
         }
+    }
+
+    #[test]
+    fn a_template_that_would_take_years_is_given_up() {
+        let template = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}\
+            {% endfor %}{% endfor %}";
+        let reason = render_chat(template, "hi", &settings(None)).unwrap_err();
+        assert!(reason.contains("out of fuel"), "{reason}");
     }
 
     #[test]

@@ -137,7 +137,7 @@ impl Input {
 }
 
 /// `shards/{00000..00012}.tar` to its 13 paths; several ranges multiply; text without one stays as it is.
-fn expand_braces(text: &str) -> Result<Vec<String>, String> {
+pub(crate) fn expand_braces(text: &str) -> Result<Vec<String>, String> {
     const MAX_PATHS: u64 = 10_000_000;
     let Some((before, rest)) = text.split_once('{') else { return Ok(vec![text.to_owned()]) };
     let (range, after) = rest.split_once('}').ok_or("a `{` has no `}`")?;

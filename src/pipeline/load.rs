@@ -5,6 +5,7 @@
 //! replicated, palettes are expanded, alpha is dropped. Must never allocate for a picture above the
 //! limits, never let a decoder's panic through, and never return part of a truncated picture.
 
+mod bmp;
 mod gif;
 mod jpeg;
 mod probe;
@@ -81,6 +82,10 @@ pub struct LoadLimits {
     pub max_alloc_bytes: u64,
 }
 
+/// Scans of a JPEG whose pixels are at the limit; smaller pictures may have more, up to [`MAX_SCANS`].
+const MAX_PASSES: u64 = 16;
+const MAX_SCANS: u64 = 1000;
+
 impl Default for LoadLimits {
     fn default() -> Self {
         Self { max_pixels: 178_956_970, max_alloc_bytes: 1 << 30 }
@@ -95,6 +100,18 @@ impl LoadLimits {
             return Err(LoadError::TooManyPixels { width, height, num_pixels, max_pixels });
         }
         Ok(())
+    }
+
+    /// A progressive JPEG may say next to nothing in each of a hundred thousand scans, and every one of them is a pass over
+    /// the picture. Real ones have about ten.
+    fn check_scans(&self, jpeg: &[u8]) -> Result<(), LoadError> {
+        let Some(header) = probe::JpegHeader::read(jpeg) else { return Ok(()) };
+        let num_pixels = u64::from(header.width) * u64::from(header.height);
+        let max_scans = (self.max_pixels.saturating_mul(MAX_PASSES) / num_pixels.max(1)).clamp(MAX_PASSES, MAX_SCANS);
+        match probe::count_scans(jpeg, &header) {
+            num_scans if num_scans > max_scans => Err(LoadError::TooManyScans { num_scans, max_scans }),
+            _ => Ok(()),
+        }
     }
 
     fn check_bytes(&self, num_bytes: u64) -> Result<(), LoadError> {
@@ -144,6 +161,9 @@ pub enum LoadError {
          raise the limit if the image is genuine"
     )]
     TooManyBytes { num_bytes: u64, max_bytes: u64 },
+    /// A JPEG that would be passed over too often.
+    #[error("JPEG image of {num_scans} scans, above the limit of {max_scans} for its size; save it anew")]
+    TooManyScans { num_scans: u64, max_scans: u64 },
     /// The file ends before the picture does.
     #[error("truncated {format} image (ends after {num_bytes} bytes); fetch it again")]
     Truncated { format: Format, num_bytes: usize },
@@ -223,7 +243,10 @@ impl Loader {
                 limits.check_pixels(dimensions)?;
             }
             let stored = match format {
-                Format::Jpeg => jpeg::decode(bytes, limits),
+                Format::Jpeg => {
+                    limits.check_scans(bytes)?;
+                    jpeg::decode(&probe::without_short_app14(bytes), limits)
+                }
                 Format::Gif => gif::decode(bytes, limits),
                 // libwebp refuses a file that is shorter than its container says; image-webp does not
                 // notice where the first frame is complete.
@@ -261,6 +284,8 @@ pub fn stored_dimensions(bytes: &[u8]) -> Option<(u32, u32)> {
 
 /// Decodes PNG, WebP and BMP through the `image` crate.
 fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, LoadError> {
+    let (bytes, is_turned) = if format == Format::Bmp { bmp::normalised(bytes) } else { (bytes.into(), false) };
+    let bytes = &*bytes;
     let input = Cursor::new(bytes);
     let mut decoder_limits = image::Limits::no_limits();
     decoder_limits.max_alloc = Some(limits.max_alloc_bytes);
@@ -280,10 +305,15 @@ fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, L
     // Broken metadata must not cost the picture: Pillow shows it unrotated then.
     let exif = decoder.exif_metadata().ok().flatten();
     let xmp = decoder.xmp_metadata().ok().flatten();
+    let exif = exif.or_else(|| if format == Format::Png { probe::png_raw_exif(bytes) } else { None });
     let orientation = orientation_of(exif.as_deref(), xmp.as_deref());
     let color_type = decoder.color_type();
     let mut samples = vec![0; decoder.total_bytes() as usize];
     decoder.read_image(&mut samples).map_err(to_error)?;
+    if is_turned {
+        let num_bytes = samples.len() / (height as usize).max(1);
+        samples = samples.rchunks_exact(num_bytes.max(1)).flatten().copied().collect();
+    }
     let Some(pixels) = to_rgb8(samples, color_type) else {
         return Err(LoadError::Unsupported { format, feature: format!("{color_type:?} samples") });
     };

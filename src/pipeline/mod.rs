@@ -42,6 +42,7 @@ use crate::pipeline::load::{LoadLimits, Loader};
 use crate::pipeline::pool::{BufferPool, SamplePool};
 use crate::pipeline::preprocess::{PixelFormat, Preprocessor};
 use crate::pipeline::progress::Progress;
+use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::source::{Part, SourceChannels, SourceOptions, SourceReport};
 use crate::pipeline::write::failures::MaxFailures;
 use crate::pipeline::write::output::Output;
@@ -74,8 +75,8 @@ pub struct RunOptions {
     pub num_load_threads: usize,
     /// What one image may cost.
     pub load_limits: LoadLimits,
-    /// Largest image file that is read.
-    pub max_image_bytes: u64,
+    /// What the inputs may cost before that.
+    pub source_limits: SourceLimits,
     /// The column of Parquet inputs that holds the images, where it cannot be told by itself.
     pub image_column: Option<String>,
     /// Most images to caption.
@@ -194,7 +195,7 @@ impl LoadedRun {
             failed_engines,
             is_interrupted: report.is_cut_short,
             num_journaled: written.num_journaled,
-            busy_shards: report.busy,
+            busy_shards: report.busy.into_iter().chain(written.lost_shards).collect(),
         })
     }
 }
@@ -238,7 +239,7 @@ fn run_stages(
         output,
         part: options.part,
         limit: options.limit,
-        max_image_bytes: options.max_image_bytes,
+        limits: options.source_limits.clone(),
         image_column: options.image_column.clone(),
     };
     let write_options = WriteOptions {

@@ -1,4 +1,4 @@
-//! Source: inputs to [`ImageRecord`]s, in input order, with what the input says about each image.
+//! Source: inputs to `ImageRecord`s, in input order, with what the input says about each image.
 //!
 //! Cuts the inputs into shards, skips those that are written already, and tells the write stage how many rows each
 //! shard has. An image that cannot be read is a failed row; an input that cannot be read on is
@@ -7,6 +7,7 @@
 mod emitter;
 mod folder;
 mod identity;
+pub mod limits;
 mod parquet;
 mod tar;
 
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::pipeline::input::Input;
 use crate::pipeline::row::{InputColumns, Message, RowDraft};
 use crate::pipeline::source::emitter::{Emitter, read_file};
+use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::write::output::Output;
 use crate::storage::{Failure, Location, Object, PendingRead};
 
@@ -53,8 +55,8 @@ pub(crate) struct SourceOptions<'a> {
     pub(crate) part: Option<Part>,
     /// Most images to take, over all inputs.
     pub(crate) limit: Option<usize>,
-    /// Largest image file that is read.
-    pub(crate) max_image_bytes: u64,
+    /// What the inputs may cost.
+    pub(crate) limits: SourceLimits,
     /// The column of Parquet inputs that holds the images, where it cannot be told by itself.
     pub(crate) image_column: Option<String>,
 }
@@ -117,21 +119,15 @@ pub(crate) fn run(options: SourceOptions<'_>, channels: SourceChannels<'_>) -> R
     let mut busy = emitter.take_busy();
     if !busy.is_empty() && options.limit.is_none() && !options.inputs.contains(&Input::StandardInput) {
         // Their process may have ended meanwhile, well or not.
-        wait_until_stale(&options, &mut emitter);
+        if let Some(output) = options.output {
+            output.wait_for_others(|| emitter.is_done())?;
+        }
         let num_damaged = damaged.len();
         read_all(&options, &mut emitter, &mut damaged)?;
         damaged.truncate(num_damaged);
         busy = emitter.take_busy();
     }
     Ok(SourceReport { damaged, is_cut_short: emitter.is_cut_short(), busy })
-}
-
-/// Waits until it is known of the shards that others have whether those are alive, or a stop flag is raised.
-fn wait_until_stale(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>) {
-    let Some(output) = options.output else { return };
-    while !output.time_until_stale().is_zero() && !emitter.is_done() {
-        std::thread::sleep(STOP_INTERVAL.min(output.time_until_stale()));
-    }
 }
 
 fn read_all(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>, damaged: &mut Vec<Error>) -> Result<()> {

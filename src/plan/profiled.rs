@@ -34,6 +34,8 @@ pub struct Scaled {
     pub max_new_tokens: usize,
     /// Seconds of one core to load and preprocess an image.
     pub seconds_per_image: f64,
+    /// Cores that the profile's threads for that are worth.
+    pub num_cores: f64,
 }
 
 /// Reads `profile`, with peaks as measured in it, or as in the datasheet of the profiled GPU where the plan is for another.
@@ -82,11 +84,12 @@ pub fn scale(profile: &Profile, against_datasheet: bool) -> Result<Scaled> {
         prefill: practice(Stage::Prefill, &|group| costs.prefill(group.batch.into()))?,
         decode: practice(Stage::Decode, &|group| costs.decode(group.batch.into(), mean_context(group)))?,
     };
-    let seconds_per_image = [Stage::Load, Stage::Preprocess]
-        .into_iter()
-        .filter_map(|stage| profile.stage(stage))
-        .map(|stage| stage.service_seconds / stage.num_images.max(1) as f64)
-        .sum();
+    let [load, preprocess] = [Stage::Load, Stage::Preprocess].map(|stage| {
+        let stage = profile.stage(stage);
+        stage.map_or(0.0, |stage| stage.service_seconds / stage.num_images.max(1) as f64)
+    });
+    // Each of the two has as many threads, and the slower one sets the pace.
+    let num_cores = settings.num_load_threads as f64 * (load + preprocess) / load.max(preprocess).max(1e-9);
     Ok(Scaled {
         practice,
         num_engines,
@@ -96,7 +99,8 @@ pub fn scale(profile: &Profile, against_datasheet: bool) -> Result<Scaled> {
         shared_prompt_tokens: shared,
         new_tokens: profile.run.new_tokens as f64 / profile.run.ok as f64,
         max_new_tokens: settings.max_new_tokens,
-        seconds_per_image,
+        seconds_per_image: load + preprocess,
+        num_cores: num_cores.max(1e-3),
         model,
         device,
     })

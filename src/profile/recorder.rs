@@ -3,7 +3,7 @@
 //!
 //! The functions here do nothing on a thread without a track, at the price of a look at one thread-local flag. With one they
 //! cost two readings of the monotonic clock for each batch. Sums and histograms are exact whatever the length of the run; of
-//! single spans a track keeps [`MAX_SPANS`] and counts the others.
+//! single spans a track keeps `MAX_SPANS` and counts the others.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};

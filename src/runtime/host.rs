@@ -96,8 +96,8 @@ pub(crate) fn instruction_sets() -> Vec<(&'static str, bool)> {
     }
 }
 
-/// Whether u8 x s8 products are summed in 32 bits. x86 without VNNI adds pairs of them in 16 bits, which saturate.
-pub(crate) fn sums_8_bit_products_exactly() -> bool {
+/// Whether u8 x s8 products are summed in 32 bits here. x86 without VNNI adds pairs of them in 16 bits, which saturate.
+pub fn sums_8_bit_products_exactly() -> bool {
     let sets = instruction_sets();
     let has = |name| sets.iter().any(|&(set, is_there)| set == name && is_there);
     !cfg!(target_arch = "x86_64") || has("avx512-vnni") || has("avx-vnni")

@@ -14,6 +14,7 @@ pub(crate) mod shape_profile;
 pub(crate) mod stream;
 mod tensorrt;
 
+pub use host::sums_8_bit_products_exactly;
 pub use library::{Library, load_library};
 pub use provider::{Device, ProviderChoice};
 pub use stream::CopyCounts;

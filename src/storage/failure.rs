@@ -54,6 +54,10 @@ impl Failure {
     fn of(error: &object_store::Error) -> Self {
         use object_store::Error as Store;
         match error {
+            // Of a web server that answers GET alone, the client says that nothing is there.
+            Store::NotFound { source, .. } if source.to_string().contains("status code: 405") => {
+                return Self::Unsupported;
+            }
             Store::NotFound { .. } => return Self::NotFound,
             Store::PermissionDenied { .. } | Store::Unauthenticated { .. } => return Self::Denied,
             Store::Precondition { .. } | Store::NotModified { .. } => return Self::Changed,
@@ -74,6 +78,7 @@ impl Failure {
                 return match error.kind() {
                     HttpErrorKind::Connect => Self::Unreachable,
                     HttpErrorKind::Timeout => Self::TimedOut,
+                    HttpErrorKind::Interrupted | HttpErrorKind::Request => Self::Server,
                     _ => Self::Other,
                 };
             }
@@ -81,6 +86,18 @@ impl Failure {
         }
         if text.contains("status code: 5") || text.contains("status code: 429") { Self::Server } else { Self::Other }
     }
+}
+
+/// Whether a request may or may not have been done: the client repeats only those that it may do twice.
+pub(super) fn is_unanswered(error: &object_store::Error) -> bool {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<HttpError>() {
+            return matches!(error.kind(), HttpErrorKind::Timeout | HttpErrorKind::Interrupted);
+        }
+        cause = error.source();
+    }
+    false
 }
 
 impl Object {

@@ -12,9 +12,9 @@ use parquet::errors::{ParquetError, Result as ParquetResult};
 use parquet::file::reader::{ChunkReader, Length};
 
 use crate::error::{Error, Result};
-use crate::storage::Location;
 use crate::storage::client::wait;
 use crate::storage::read::{Source, to_io};
+use crate::storage::{Failure, Location};
 
 const WINDOW_BYTES: u64 = 1 << 20;
 const MAX_WINDOWS: usize = 16;
@@ -46,7 +46,14 @@ impl Location {
         Ok(RangeReader(match self {
             Self::Local(path) => Inner::Local(Arc::new(File::open(path).map_err(Error::io("open", path))?)),
             Self::Object(object) => {
-                let meta = object.ask("open", |store, path| async move { store.head(&path).await })?;
+                let meta = object.ask("open", |store, path| async move { store.head(&path).await });
+                let meta = meta.map_err(|error| match error {
+                    // It does not even say how long the file is.
+                    Error::Storage { action, location, failure: Failure::Other, reason } if !self.is_writable() => {
+                        Error::Storage { action, location, failure: Failure::Unsupported, reason }
+                    }
+                    error => error,
+                })?;
                 let source = Source::new(object, object.store()?, &meta);
                 Inner::Object(Arc::new(Windows { source, windows: Mutex::default(), failure: Mutex::default() }))
             }

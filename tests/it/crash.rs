@@ -167,7 +167,7 @@ fn kills_at_any_moment_cost_nothing_that_was_finished() {
         loop {
             let mut child = trial.start(&out);
             if kills < num_kills {
-                if random.next() % 5 > 0 {
+                if !random.next().is_multiple_of(5) {
                     wait_for_progress(&out, &mut child);
                 }
                 std::thread::sleep(random.millis(longest));

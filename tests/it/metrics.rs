@@ -86,7 +86,10 @@ fn scrape_after(port: u16, num_rows: f64) -> BTreeMap<String, f64> {
     let started = Instant::now();
     loop {
         let samples = parse(&scrape(port));
-        let rows = samples["recaption_rows_total{status=ok}"] + samples["recaption_rows_total{status=failed}"];
+        // None at all before the run is prepared.
+        let of =
+            |status: &str| samples.get(&format!("recaption_rows_total{{status={status}}}")).copied().unwrap_or(0.0);
+        let rows = of("ok") + of("failed");
         if rows >= num_rows {
             return samples;
         }

@@ -84,7 +84,7 @@ fn the_table_of_the_readmes_example() {
 #[test]
 fn a_bundle_a_folder_a_config_and_a_name_are_models() {
     let bundle = demo_bundle();
-    let device = ["--peak-tflops", "100", "--bandwidth", "1", "--memory", "16"];
+    let device = ["--peak-tflops", "100", "--bandwidth", "1", "--memory", "24"];
     let of = |model: &str, tail: &[&str]| plan_json(&[&["--model", model], &device[..], tail].concat());
     // fp32 does not run on GPUs: the bundle is refused, the checkpoint planned in fp16.
     let refused = plan(&[&["--model", bundle.to_str().unwrap()], &device[..]].concat());
@@ -138,7 +138,10 @@ fn too_few_cores_make_the_device_wait() {
     let preprocessing = number(&plan["preprocessing"]["seconds_per_image"]["likely"]);
     let rate = number(&plan["steady"]["images_per_second"]["likely"]);
     assert!((rate / (0.2 / preprocessing) - 1.0).abs() < 0.02, "{rate} images/s from 0.2 cores");
-    assert!(number(&plan["steady"]["split"]["idle"]) > 0.2);
+    // Steps go on meanwhile, with fewer captions in each: what vision and prefill leave is decode's, or nobody's.
+    let left = |plan: &Value| ["decode", "idle"].map(|part| number(&plan["steady"]["split"][part])).iter().sum::<f64>();
+    let (starved, fed) = (left(&plan), left(&plan_json(&args[..4])));
+    assert!(starved > fed + 0.2, "{starved} of the time beside {fed} with enough cores");
 }
 
 #[test]
@@ -182,7 +185,8 @@ fn a_profile_predicts_its_own_run_and_scales_to_others() {
     let plan = from(&["--images", "64"]);
     let (told, measured) =
         (number(&plan["job"]["images_per_second"]["likely"]), number(&profile["run"]["images_per_second"]));
-    assert!((told / measured - 1.0).abs() < 0.15, "the plan says {told} images/s, the run made {measured}");
+    // Other tests run beside it, so this is no measurement; scripts/plan_check.py makes one.
+    assert!((0.5..2.0).contains(&(told / measured)), "the plan says {told} images/s, the run made {measured}");
     assert_eq!(plan["image"]["new_tokens"], 32.0);
     assert_eq!(plan["memory"]["num_slots"], profile["settings"]["engines"][0]["num_slots"]);
     assert_eq!(plan["basis"]["kind"], "profile");

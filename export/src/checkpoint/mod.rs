@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 pub(crate) use self::layout::{Layout, Part};
 pub(crate) use self::low_rank::LowRank;
-pub(crate) use self::shard::{Entry, Shard, weight_files};
+pub(crate) use self::shard::{Entry, Shard, entries, weight_files};
 
 use self::layout::TensorName;
 use self::lora::{AdapterConfig, Role};

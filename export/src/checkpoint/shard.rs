@@ -40,7 +40,7 @@ impl Shard {
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         let is_torch =
             path.extension().is_some_and(|extension| ["bin", "pt", "pth"].iter().any(|name| extension == *name));
-        let mut entries = if is_torch { torch_entries(&map, path) } else { safetensors_entries(&map, path) }?;
+        let mut entries = entries(&map, path, is_torch)?;
         // One order, for the fingerprint.
         entries.sort_by(|one, other| one.name.cmp(&other.name));
         Ok((Self { path: path.to_owned(), map }, entries))
@@ -62,6 +62,11 @@ impl Entry {
         }
         Ok(StoredTensor { name, dtype, shape, start, end, shard, update: None })
     }
+}
+
+/// What tensors a file of weights holds. `path` only names it in errors.
+pub(crate) fn entries(file: &[u8], path: &Path, is_torch: bool) -> Result<Vec<Entry>> {
+    if is_torch { torch_entries(file, path) } else { safetensors_entries(file, path) }
 }
 
 fn safetensors_entries(file: &[u8], path: &Path) -> Result<Vec<Entry>> {

@@ -261,17 +261,28 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     fn rows<const N: usize>(weights: &Weights, source: Rows<'_>, y: usize, out: &mut [u8]) {
         let out_stride = 3 * weights.len();
+        // Each row with all that lies behind it. (Loops, not closures: those would not be compiled for AVX2.)
+        let mut from = [source.samples; N];
+        for (i, from) in from.iter_mut().enumerate() {
+            *from = &source.samples[(y + i) * source.stride..];
+        }
+        let shortest = from[N - 1].len();
         for (x, output) in weights.outputs.iter().enumerate() {
             let num_groups = (output.num_taps as usize).div_ceil(GROUP);
             let groups = &weights.groups[output.first_group as usize..][..num_groups];
             let start = 3 * output.start as usize;
             let num_bytes = 3 * GROUP * num_groups + READ - 3 * GROUP;
-            let from: [Option<&[u8]>; N] =
-                std::array::from_fn(|i| source.samples.get((y + i) * source.stride + start..)?.get(..num_bytes));
-            let pixels: [[u8; 3]; N] = match from.iter().all(Option::is_some) {
-                true => sums(from.map(Option::unwrap_or_default), groups, output),
+            let pixels: [[u8; 3]; N] = match start + num_bytes <= shortest {
+                // SAFETY: all rows have as many bytes from `start` on as the groups read.
+                true => unsafe { sums(&from, start, groups, output) },
                 // The last pixels of a picture: reading whole groups would leave it.
-                false => std::array::from_fn(|i| pixel(weights, output, source.row(y + i))),
+                false => {
+                    let mut pixels = [[0; 3]; N];
+                    for (i, found) in pixels.iter_mut().enumerate() {
+                        *found = pixel(weights, output, source.row(y + i));
+                    }
+                    pixels
+                }
             };
             for (i, pixel) in pixels.iter().enumerate() {
                 out[i * out_stride + 3 * x..][..3].copy_from_slice(pixel);
@@ -279,22 +290,24 @@ mod avx2 {
         }
     }
 
-    /// One output pixel of each row. Each of `from` has 12 bytes for each group and four more.
+    /// One output pixel of each row, from byte `start` on.
+    ///
+    /// # Safety
+    /// Behind `start` each of `from` has 12 bytes for each group and four more.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn sums<const N: usize>(from: [&[u8]; N], groups: &[Group], output: &Output) -> [[u8; 3]; N] {
+    unsafe fn sums<const N: usize>(from: &[&[u8]; N], start: usize, groups: &[Group], output: &Output) -> [[u8; 3]; N] {
         // SAFETY: 32 bytes.
         let pairs = unsafe { _mm256_loadu_si256(PAIRS.as_ptr().cast()) };
         let (mut high, mut low) = ([_mm256_setzero_si256(); N], [_mm256_setzero_si256(); N]);
         for (g, group) in groups.iter().enumerate() {
-            let four = |weights: &[i16; GROUP]| -> __m256i {
-                // SAFETY: four values of 16 bits are 8 bytes.
-                unsafe { _mm256_set1_epi64x(weights.as_ptr().cast::<i64>().read_unaligned()) }
-            };
-            let (group_high, group_low) = (four(&group.high), four(&group.low));
+            let (group_high, group_low) = (group.high.as_ptr().cast::<i64>(), group.low.as_ptr().cast::<i64>());
+            // SAFETY: four values of 16 bits are 8 bytes.
+            let (group_high, group_low) = unsafe { (group_high.read_unaligned(), group_low.read_unaligned()) };
+            let (group_high, group_low) = (_mm256_set1_epi64x(group_high), _mm256_set1_epi64x(group_low));
             for i in 0..N {
-                // SAFETY: `from` has 12 bytes for each group and four behind the last.
-                let samples = unsafe { _mm_loadu_si128(from[i].as_ptr().add(3 * GROUP * g).cast()) };
+                // SAFETY: from `start` on there are 12 bytes for each group and four behind the last.
+                let samples = unsafe { _mm_loadu_si128(from[i].as_ptr().add(start + 3 * GROUP * g).cast()) };
                 let samples = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(samples), pairs);
                 high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(samples, group_high));
                 low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(samples, group_low));

@@ -1,6 +1,7 @@
 //! The output folder before a run: whose it is, what is deleted in it, and what is noted there.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use recaption_export::hex;
@@ -19,6 +20,15 @@ use crate::storage::Location;
 const SETTINGS_FILE: &str = "run.json";
 const LOCK_FILE: &str = "run.lock";
 const MAX_SETTINGS_BYTES: u64 = 16 << 20;
+
+/// The place that `--out` names: a path or a URL.
+pub(super) fn location(out: &Path) -> Result<Location> {
+    let Some(text) = out.to_str() else { return Ok(out.into()) };
+    Location::parse(text).map_err(|error| Error::Setting {
+        reason: format!("--out: {error}"),
+        hint: "use a folder, s3://bucket/prefix, gs:// or az://".to_owned(),
+    })
+}
 
 /// What the pipeline is told of the output folder.
 pub(super) fn options(folder: &Location, args: &RunArgs, settings: &Value) -> Result<OutputOptions> {
@@ -86,31 +96,16 @@ pub(super) fn prepare(options: &OutputOptions, settings: &Value, overwrite: bool
     }
     // Without settings the folder is not a run's: what lies in it is somebody else's.
     let empty = || if location.exists()? { delete_output(options) } else { Ok(()) };
-    let lock = match options.folder.local_path() {
-        Some(folder) => {
-            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-            let lock_path = folder.join(LOCK_FILE);
-            match (options.has_claims, overwrite) {
-                (true, true) => Some(OutputLock::share_after(&lock_path, empty)?),
-                (true, false) => Some(OutputLock::share(&lock_path, || delete_leftovers(options))?),
-                (false, true) => empty().map(|()| None)?,
-                (false, false) => None,
-            }
-        }
-        None => {
-            if overwrite {
-                let claims = options.folder.join("claims").names()?;
-                if let Some(claim) = claims.first().filter(|_| options.has_claims) {
-                    return Err(Error::Output {
-                        path: options.folder.to_string().into(),
-                        reason: format!("a process is captioning into it, or was killed: it has `claims/{claim}`"),
-                        hint: "when no process is left, delete what lies below claims/".to_owned(),
-                    });
-                }
-                empty()?;
-            }
-            None
-        }
+    // Between machines that share an object store there is no lock, only claims.
+    let lock_folder = options.folder.local_path().unwrap_or_else(|| options.local_folder());
+    std::fs::create_dir_all(lock_folder).map_err(Error::io("create", lock_folder))?;
+    let lock_path = lock_folder.join(LOCK_FILE);
+    let empty = || refuse_claimed(options).and_then(|()| empty());
+    let lock = match (options.has_claims, overwrite) {
+        (true, true) => Some(OutputLock::share_after(&lock_path, empty)?),
+        (true, false) => Some(OutputLock::share(&lock_path, || delete_leftovers(options))?),
+        (false, true) => empty().map(|()| None)?,
+        (false, false) => None,
     };
     create_folder(&options.journal_folder())?;
     let text = serde_json::to_vec_pretty(settings).expect("bug: JSON serialises");
@@ -123,6 +118,21 @@ pub(super) fn prepare(options: &OutputOptions, settings: &Value, overwrite: bool
         check(&options.folder, settings, false)?;
     }
     Ok(lock)
+}
+
+/// Refuses to empty an output in an object store that a process on another machine may be working in.
+fn refuse_claimed(options: &OutputOptions) -> Result<()> {
+    if options.folder.local_path().is_some() || !options.has_claims {
+        return Ok(());
+    }
+    match options.folder.join("claims").names()?.first() {
+        Some(claim) => Err(Error::Output {
+            path: options.folder.to_string().into(),
+            reason: format!("a process is captioning into it, or was killed: it has `claims/{claim}`"),
+            hint: "when no process is left, delete what lies below claims/".to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Deletes what runs write: captions, then what was in progress.
@@ -143,14 +153,16 @@ fn delete_output(options: &OutputOptions) -> Result<()> {
 
 /// Deletes files in the making that killed processes left.
 fn delete_leftovers(options: &OutputOptions) -> Result<()> {
-    for name in options.folder.names()? {
+    // An object is whole or not there.
+    let names = if options.folder.local_path().is_some() { options.folder.names()? } else { Vec::new() };
+    for name in names {
         let is_ours = ["captions-", SETTINGS_FILE, SUMMARY_FILE].iter().any(|start| name.starts_with(start));
         if is_ours && name.ends_with(".tmp") {
             options.folder.join(&name).delete()?;
         }
     }
     let journals = Location::Local(options.journal_folder());
-    for name in journals.names()?.iter().filter(|name| name.ends_with(".new")) {
+    for name in journals.names()?.iter().filter(|name| name.ends_with(".new") || name.ends_with(".copy")) {
         journals.join(name).delete()?;
     }
     Ok(())

@@ -4,6 +4,7 @@
 //! transparent black, where Pillow gives it the colour of the transparent index (else of index 0).
 //! Must never decode a second frame: an animation can be far larger than its file.
 
+use std::borrow::Cow;
 use std::num::NonZeroU64;
 
 use gif::{ColorOutput, DecodeOptions, DecodingError, MemoryLimit};
@@ -19,6 +20,7 @@ use super::{LoadError, LoadLimits, Stored};
 /// Truncated or damaged files, files without a frame or a colour table, limits.
 pub(super) fn decode(bytes: &[u8], limits: &LoadLimits) -> Result<Stored, LoadError> {
     let to_error = |error| decode_error(bytes, &error);
+    let bytes = &*with_palette(bytes);
     let mut options = DecodeOptions::new();
     options.set_color_output(ColorOutput::Indexed);
     if let Some(max_bytes) = NonZeroU64::new(limits.max_alloc_bytes) {
@@ -65,6 +67,23 @@ pub(super) fn decode(bytes: &[u8], limits: &LoadLimits) -> Result<Stored, LoadEr
     }
     let orientation = Orientation::NoTransforms;
     Ok(Stored { width: width as u32, height: height as u32, pixels, orientation })
+}
+
+/// A file without a global colour table gets one of greys, which Pillow assumes; frames with their own do not look at it.
+fn with_palette(bytes: &[u8]) -> Cow<'_, [u8]> {
+    const HEADER_BYTES: usize = 13;
+    const HAS_PALETTE: u8 = 0x80;
+    const COLORS_256: u8 = 0x07;
+    match bytes.get(..HEADER_BYTES) {
+        Some(header) if header[10] & HAS_PALETTE == 0 => {
+            let mut with_greys = header.to_vec();
+            with_greys[10] |= HAS_PALETTE | COLORS_256;
+            with_greys.extend((0..=255).flat_map(|grey| [grey; 3]));
+            with_greys.extend(&bytes[HEADER_BYTES..]);
+            Cow::Owned(with_greys)
+        }
+        _ => Cow::Borrowed(bytes),
+    }
 }
 
 fn decode_error(bytes: &[u8], error: &DecodingError) -> LoadError {

@@ -4,7 +4,9 @@
 //! Must never allocate, never look at the file's name, and never need more than the header to be
 //! intact: the size of a truncated picture is still worth writing to its row.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::io::Read;
 
 /// Image formats that [`super::load`] reads.
 #[expect(missing_docs, reason = "the variants are the formats' names")]
@@ -127,6 +129,69 @@ impl JpegHeader {
         }
         found
     }
+}
+
+/// Scans of a JPEG, each of which is a pass over the picture.
+pub(super) fn count_scans(bytes: &[u8], header: &JpegHeader) -> u64 {
+    let mut num_scans = 0;
+    let mut position = header.scan_start;
+    while let Some((marker, start)) = position.and_then(|start| next_marker(bytes, start)) {
+        num_scans += u64::from(marker == 0xda);
+        position = match marker {
+            0xd9 => break,
+            0x01 | 0xd0..=0xd8 => Some(start),
+            _ => array(bytes, start).map(|length| start + usize::from(u16::from_be_bytes(length)).max(2)),
+        };
+    }
+    num_scans + u64::from(header.scan_start.is_some())
+}
+
+/// An APP14 segment too short to be Adobe's says nothing: libjpeg passes over it, zune-jpeg refuses it.
+pub(super) fn without_short_app14(jpeg: &[u8]) -> Cow<'_, [u8]> {
+    const ADOBE_BYTES: u16 = 14;
+    let mut position = 2;
+    while let Some((marker, start)) = next_marker(jpeg, position) {
+        let Some(length) = array(jpeg, start).map(u16::from_be_bytes) else { break };
+        match marker {
+            0xda | 0xd9 => break,
+            0xee if length < ADOBE_BYTES => {
+                let mut commented = jpeg.to_vec();
+                commented[start - 1] = 0xfe;
+                return Cow::Owned(commented);
+            }
+            0x01 | 0xd0..=0xd8 => position = start,
+            _ => position = start + usize::from(length).max(2),
+        }
+    }
+    Cow::Borrowed(jpeg)
+}
+
+/// The EXIF block that ImageMagick used to write into PNGs: as hexadecimal digits in a text chunk, compressed or not.
+pub(super) fn png_raw_exif(png: &[u8]) -> Option<Vec<u8>> {
+    const KEYWORD: &[u8] = b"Raw profile type exif\0";
+    const MAX_TEXT_BYTES: u64 = 1 << 20;
+    let mut position = 8;
+    while let Some(length) = array(png, position).map(u32::from_be_bytes) {
+        let (kind, data) = (array::<4>(png, position + 4)?, png.get(position + 8..)?);
+        let data = data.get(..length as usize)?;
+        position += 12 + length as usize;
+        let Some(text) = data.strip_prefix(KEYWORD) else { continue };
+        let mut inflated = Vec::new();
+        let text = match &kind {
+            b"zTXt" => {
+                flate2::read::ZlibDecoder::new(text.get(1..)?).take(MAX_TEXT_BYTES).read_to_end(&mut inflated).ok()?;
+                &inflated[..]
+            }
+            b"tEXt" => text,
+            _ => continue,
+        };
+        // A line with the name, one with the length, then the digits.
+        let digits = text.splitn(4, |&byte| byte == b'\n').nth(3)?;
+        let digits: Vec<u8> =
+            digits.iter().filter_map(|&byte| char::from(byte).to_digit(16)).map(|digit| digit as u8).collect();
+        return Some(digits.as_chunks::<2>().0.iter().map(|[high, low]| high << 4 | low).collect());
+    }
+    None
 }
 
 /// Finds the next marker at or behind `position`: its code and the offset behind it. Skips

@@ -2,6 +2,8 @@
 //! done already, keeps the count of rows, and looks at the stop flags.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +13,7 @@ use bytes::Bytes;
 use crate::error::Result;
 use crate::live::{self, ShardState};
 use crate::pipeline::row::{InputColumns, Message, RowDraft, Shard};
+use crate::pipeline::source::limits::SourceLimits;
 use crate::pipeline::source::{ImageRecord, Part, SourceChannels, SourceOptions};
 use crate::pipeline::write::journal::key_hash;
 use crate::pipeline::write::output::{BegunShard, FinishedShard, Kept, Output, other_input};
@@ -32,7 +35,7 @@ pub(super) struct Emitter<'a> {
     channels: SourceChannels<'a>,
     output: Option<&'a Output>,
     remaining: usize,
-    max_image_bytes: u64,
+    limits: SourceLimits,
     /// Whether the write stage wants the image bytes as well.
     keeps_images: bool,
     part: Option<Part>,
@@ -71,7 +74,7 @@ impl<'a> Emitter<'a> {
             channels,
             output: options.output,
             remaining: options.limit.unwrap_or(usize::MAX),
-            max_image_bytes: options.max_image_bytes,
+            limits: options.limits.clone(),
             keeps_images: options.output.is_some_and(|output| output.options.format.has_images()),
             part: options.part,
             input: (0, 0),
@@ -123,7 +126,12 @@ impl<'a> Emitter<'a> {
 
     /// Largest image file that is read.
     pub(super) fn max_image_bytes(&self) -> u64 {
-        self.max_image_bytes
+        self.limits.max_image_bytes
+    }
+
+    /// What the inputs may cost.
+    pub(super) fn limits(&self) -> &SourceLimits {
+        &self.limits
     }
 
     /// Starts a shard; two inputs of one name get `-2`, `-3`. `identity` tells the input from another of the same name,
@@ -305,9 +313,18 @@ fn check_identity(shard: &Shard, finished: &FinishedShard, identity: &str) -> Re
 /// # Errors
 /// The reason of a failed row.
 pub(super) fn read_file(path: &Path, max_bytes: u64) -> std::result::Result<Bytes, String> {
-    let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
-    check_size(size, max_bytes)?;
-    std::fs::read(path).map(Bytes::from).map_err(|error| error.to_string())
+    let reason = |error: std::io::Error| error.to_string();
+    let metadata = std::fs::metadata(path).map_err(reason)?;
+    // A pipe would keep the run waiting, and a device never end.
+    if !metadata.is_file() {
+        return Err("not a file".to_owned());
+    }
+    check_size(metadata.len(), max_bytes)?;
+    let mut bytes = Vec::with_capacity(metadata.len() as usize);
+    let file = File::open(path).map_err(reason)?;
+    file.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(reason)?;
+    check_size(bytes.len() as u64, max_bytes)?;
+    Ok(bytes.into())
 }
 
 /// # Errors

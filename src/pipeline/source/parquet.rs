@@ -3,6 +3,7 @@
 
 mod columns;
 mod json;
+mod pages;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use crate::pipeline::source::stem;
 use crate::storage::{Location, RangeReader};
 
 use self::columns::Columns;
+use self::pages::LimitedPages;
 
 /// Most rows read at once, and about how many bytes of images.
 const MAX_BATCH_ROWS: usize = 64;
@@ -134,7 +136,9 @@ impl Table {
         for group in 0..num_groups {
             let num_rows = usize::try_from(self.metadata.metadata().row_group(group).num_rows()).unwrap_or(0);
             let with_image = emitter.wants_any(num_rows);
-            let mut batches = guarded(|| self.batches(group, with_image)).map_err(TableError::Damaged)?;
+            let pages =
+                LimitedPages { reader: self.reader.clone(), max_page_bytes: emitter.limits().max_parquet_page_bytes };
+            let mut batches = guarded(|| self.batches(pages, group, with_image)).map_err(TableError::Damaged)?;
             while let Some(batch) =
                 guarded(|| batches.next().transpose().map_err(ParquetError::from)).map_err(TableError::Damaged)?
             {
@@ -151,14 +155,19 @@ impl Table {
         Ok(())
     }
 
-    fn batches(&self, group: usize, with_image: bool) -> Result<ParquetRecordBatchReader, ParquetError> {
+    fn batches(
+        &self,
+        pages: LimitedPages,
+        group: usize,
+        with_image: bool,
+    ) -> Result<ParquetRecordBatchReader, ParquetError> {
         let row_group = self.metadata.metadata().row_group(group);
         let num_rows = row_group.num_rows().max(1);
         let bytes_per_row = (row_group.total_byte_size() / num_rows).max(1);
         let batch_rows =
             if with_image { (BATCH_BYTES / bytes_per_row).clamp(1, MAX_BATCH_ROWS as i64) as usize } else { 1024 };
         let mask = ProjectionMask::roots(self.metadata.parquet_schema(), self.columns.read(with_image));
-        ParquetRecordBatchReaderBuilder::new_with_metadata(self.reader.clone(), self.metadata.clone())
+        ParquetRecordBatchReaderBuilder::new_with_metadata(pages, self.metadata.clone())
             .with_projection(mask)
             .with_row_groups(vec![group])
             .with_batch_size(batch_rows)

@@ -4,27 +4,20 @@
 mod sidecar;
 mod window;
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::rc::Rc;
 
 use bytes::Bytes;
-use flate2::read::MultiGzDecoder;
 use tar::{Archive, Entry, EntryType};
 
 use crate::error::{Error, Result};
 use crate::pipeline::input::is_image_extension;
 use crate::pipeline::source::emitter::{Begun, Emitter, check_size};
 use crate::pipeline::source::identity::identity;
+use crate::pipeline::source::limits::{BoundedGzip, HeaderBudget, SourceLimits};
 use crate::pipeline::source::stem;
 use crate::pipeline::source::tar::window::{Member, Window};
 use crate::storage::Location;
-
-/// Largest `.txt` or `.json` that is read.
-const MAX_SIDECAR_BYTES: u64 = 16 << 20;
-/// Most bytes of headers, long names and PAX records before one member.
-const MAX_HEADER_BYTES: u64 = 4 << 20;
 
 /// Sends every image of the tar as one shard. Returns what is wrong with the tar, if anything is.
 pub(super) fn run(location: &Location, emitter: &mut Emitter<'_>) -> Result<Option<Error>> {
@@ -88,17 +81,17 @@ impl From<Error> for TarError {
 
 /// Returns how many sidecars came too late.
 fn send_members(location: &Location, emitter: &mut Emitter<'_>) -> Result<usize, TarError> {
-    let budget = Rc::new(Cell::new(u64::MAX));
+    let limits = emitter.limits().clone();
+    let budget = HeaderBudget::new();
     let reader = location.open().map_err(std::io::Error::other)?;
-    let mut archive = Archive::new(Budgeted { reader: uncompressed(reader)?, budget: Rc::clone(&budget) });
-    let mut window = Window::new(location.to_string());
-    let mut entries = archive.entries()?;
-    loop {
-        budget.set(MAX_HEADER_BYTES);
-        let Some(entry) = entries.next() else { break };
-        budget.set(u64::MAX);
+    let mut archive = Archive::new(budget.reader(uncompressed(reader, &limits)?));
+    let mut window = Window::new(location.to_string(), limits.max_json_depth);
+    for entry in archive.entries()? {
         let mut entry = entry?;
-        if let Some((key, member)) = read_member(&mut entry, emitter.max_image_bytes())? {
+        // Until the next member: the rest of this one, whose size in a sparse file is that of its blocks.
+        let is_sparse = entry.header().entry_type() == EntryType::GNUSparse;
+        budget.start(if is_sparse { entry.header().entry_size()? } else { entry.size() });
+        if let Some((key, member)) = read_member(&mut entry, &limits)? {
             window.add(&key, member, emitter)?;
         }
         pass_over(&mut entry, emitter)?;
@@ -110,7 +103,7 @@ fn send_members(location: &Location, emitter: &mut Emitter<'_>) -> Result<usize,
 }
 
 /// Key and contents of a member that a row is made of. Links are inert: nothing is ever looked up by what they name.
-fn read_member(entry: &mut Entry<'_, impl Read>, max_image_bytes: u64) -> std::io::Result<Option<(Vec<u8>, Member)>> {
+fn read_member(entry: &mut Entry<'_, impl Read>, limits: &SourceLimits) -> std::io::Result<Option<(Vec<u8>, Member)>> {
     let kind = entry.header().entry_type();
     let is_link = matches!(kind, EntryType::Link | EntryType::Symlink);
     if !is_link && !matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse) {
@@ -123,22 +116,22 @@ fn read_member(entry: &mut Entry<'_, impl Read>, max_image_bytes: u64) -> std::i
     let mut read = |limit: u64| -> std::io::Result<Vec<u8>> {
         // A header may claim any size: no more is set aside than a usual image takes.
         let mut bytes = Vec::with_capacity(size.min(limit).min(1 << 20) as usize);
-        entry.read_to_end(&mut bytes)?;
+        entry.by_ref().take(limit).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
     let member = if is_image_extension(&extension) {
-        let image = match check_size(size, max_image_bytes) {
+        let image = match check_size(size, limits.max_image_bytes) {
             _ if is_link => Err("the image is a link inside of the tar".to_owned()),
-            Ok(()) => Ok(Bytes::from(read(max_image_bytes)?)),
+            Ok(()) => Ok(Bytes::from(read(limits.max_image_bytes)?)),
             Err(reason) => Err(reason),
         };
         Member::Image { image, extension }
-    } else if is_link || size > MAX_SIDECAR_BYTES {
+    } else if is_link || size > limits.max_sidecar_bytes {
         return Ok(None);
     } else {
         match extension.as_str() {
-            "txt" => Member::Text(String::from_utf8_lossy(&read(MAX_SIDECAR_BYTES)?).into_owned()),
-            "json" => Member::Json(read(MAX_SIDECAR_BYTES)?),
+            "txt" => Member::Text(String::from_utf8_lossy(&read(limits.max_sidecar_bytes)?).into_owned()),
+            "json" => Member::Json(read(limits.max_sidecar_bytes)?),
             _ => return Ok(None),
         }
     };
@@ -148,6 +141,10 @@ fn read_member(entry: &mut Entry<'_, impl Read>, max_image_bytes: u64) -> std::i
 /// Reads the rest of a member, and looks at the stop flags meanwhile: a small compressed tar may hold an endless one.
 fn pass_over(entry: &mut Entry<'_, impl Read>, emitter: &mut Emitter<'_>) -> std::io::Result<()> {
     const STEP_BYTES: u64 = 16 << 20;
+    // Its holes are not in the tar, and may be of any size.
+    if entry.header().entry_type() == EntryType::GNUSparse {
+        return Ok(());
+    }
     while std::io::copy(&mut entry.by_ref().take(STEP_BYTES), &mut std::io::sink())? == STEP_BYTES && !emitter.is_done()
     {
     }
@@ -161,10 +158,12 @@ pub(super) fn count_images(location: &Location) -> Option<u64> {
     if is_gzip(&mut reader).ok()? {
         return None;
     }
-    let mut archive = Archive::new(reader);
+    let budget = HeaderBudget::new();
+    let mut archive = Archive::new(budget.reader(reader));
     let mut count = 0;
     for entry in archive.entries_with_seek().ok()? {
         let entry = entry.ok()?;
+        budget.start(0);
         let member = entry.path_bytes();
         let Some((_, extension)) = split_member(&member) else { continue };
         count += u64::from(is_image_extension(&String::from_utf8_lossy(extension)));
@@ -172,35 +171,15 @@ pub(super) fn count_images(location: &Location) -> Option<u64> {
     Some(count)
 }
 
-fn uncompressed(reader: impl Read + 'static) -> std::io::Result<Box<dyn Read>> {
+fn uncompressed(reader: impl Read + 'static, limits: &SourceLimits) -> std::io::Result<Box<dyn Read>> {
     let mut reader = BufReader::with_capacity(1 << 18, reader);
-    Ok(if is_gzip(&mut reader)? { Box::new(MultiGzDecoder::new(reader)) } else { Box::new(reader) })
+    Ok(if is_gzip(&mut reader)? { Box::new(BoundedGzip::new(reader, limits.max_gzip_ratio)) } else { Box::new(reader) })
 }
 
 /// Tells gzip by its first two bytes, which stay unread.
 fn is_gzip(reader: &mut BufReader<impl Read>) -> std::io::Result<bool> {
     use std::io::BufRead;
     Ok(reader.fill_buf()?.starts_with(&[0x1f, 0x8b]))
-}
-
-/// A reader that ends in an error after so many bytes: the tar library reads long names and PAX records whole, however long
-/// they say they are.
-struct Budgeted<R> {
-    reader: R,
-    budget: Rc<Cell<u64>>,
-}
-
-impl<R: Read> Read for Budgeted<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let left = self.budget.get();
-        if left == 0 && !buffer.is_empty() {
-            return Err(std::io::Error::other(format!("a member's headers are longer than {MAX_HEADER_BYTES} bytes")));
-        }
-        let length = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let length = self.reader.read(&mut buffer[..length])?;
-        self.budget.set(left - length as u64);
-        Ok(length)
-    }
 }
 
 /// Key and extension of a member: split at the first dot of the file name, folders belonging to the key, `./` not.

@@ -25,6 +25,8 @@ use crate::pipeline::write::written_row::{Counts, WrittenRow};
 const FORMAT: u32 = 1;
 /// Longest record: a damaged length must not be taken for a reason to read on.
 const MAX_RECORD_BYTES: u64 = 1 << 31;
+/// Rows of a shard that a journal can keep: a damaged index must not be taken for a reason to set memory aside.
+const MAX_ROWS: usize = 1 << 26;
 const PREFIX_BYTES: u64 = 8;
 
 /// What a journal says of itself.
@@ -166,7 +168,7 @@ impl Journal {
                 header = Some(parse_header(path, parsed)?);
             } else {
                 let Some((entry, _)) = parse_entry(&payload) else { break };
-                if kept.contains_key(&entry.index) {
+                if kept.contains_key(&entry.index) || entry.index >= MAX_ROWS {
                     break;
                 }
                 kept.insert(entry.index, key_hash(&entry.row.key));
@@ -283,7 +285,10 @@ impl Journal {
     /// # Errors
     /// The disk's.
     pub(crate) fn remove(self) -> Result<()> {
-        std::fs::remove_file(&self.path).map_err(Error::io("delete", &self.path))
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("delete", &self.path)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Puts a journal that was made elsewhere in the place of `path`.

@@ -7,9 +7,13 @@
 //! OUT/claims/{shard}.lock                    held by the process that does the shard
 //! OUT/run.lock                               shared by all runs into the folder
 //! ```
+//!
+//! In an object store there are neither journals nor locks: those lie in the work folder, and beside them claims are objects
+//! (`store_claim.rs`).
+
+mod finished;
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -18,13 +22,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::pipeline::write::claim::Claim;
-use crate::pipeline::write::journal::{Entry, Header, Journal, Replayed, key_hash};
+use crate::pipeline::write::journal::{Header, Journal, Replayed, key_hash};
 use crate::pipeline::write::store_claim::StoreClaims;
-use crate::pipeline::write::written_row::Counts;
 use crate::pipeline::write::{create_folder, fingerprint, jsonl, parquet, webdataset, write_atomically, write_new};
 use crate::storage::Location;
 
-const MAX_STATS_BYTES: u64 = 16 << 20;
+pub(crate) use self::finished::FinishedShard;
 
 /// Format of the files of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,7 +99,7 @@ impl OutputOptions {
     }
 
     /// The folder on this machine that holds what is in progress.
-    fn local_folder(&self) -> &Path {
+    pub(crate) fn local_folder(&self) -> &Path {
         let local = self.work_folder.as_deref().or_else(|| self.folder.local_path());
         local.expect("bug: an output in an object store has a work folder")
     }
@@ -119,14 +122,6 @@ impl OutputOptions {
     fn has_stats(&self) -> bool {
         self.format != Format::Parquet || self.folder.local_path().is_none()
     }
-}
-
-/// A shard whose file is in the output folder.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct FinishedShard {
-    pub(crate) counts: Counts,
-    /// Tells its input from another of the same name; files of earlier versions may not have it.
-    pub(crate) identity: Option<String>,
 }
 
 /// What becomes of a shard that is begun.
@@ -181,10 +176,16 @@ impl Output {
         };
         let output = Self { options, prompt_tokens, with_token_ids, store_claims, finished: Mutex::default() };
         output.count()?;
+        output.delete_old_journals()?;
         Ok(output)
     }
 
-    fn location(&self, shard: &str) -> Location {
+    fn claim_path(&self, shard: &str) -> PathBuf {
+        self.options.claim_folder().join(format!("{shard}.lock"))
+    }
+
+    /// The file of `shard`.
+    pub(crate) fn location(&self, shard: &str) -> Location {
         let extension = self.options.format.extension();
         self.options.folder.join(&format!("captions-{shard}.{extension}"))
     }
@@ -201,69 +202,6 @@ impl Output {
         self.finished.lock().expect("bug: the lock is never held while panicking")
     }
 
-    /// Counts the rows of all finished shards, those that other processes finished too.
-    ///
-    /// # Errors
-    /// When the folder or one of its files cannot be read.
-    pub(crate) fn count(&self) -> Result<Counts> {
-        let mut counts = Counts::default();
-        for name in self.options.folder.names()? {
-            let shard =
-                name.strip_prefix("captions-").and_then(|name| name.strip_suffix(self.options.format.extension()));
-            let Some(shard) = shard.and_then(|shard| shard.strip_suffix('.')) else { continue };
-            let known = self.known().get(shard).cloned();
-            let finished = known.map_or_else(|| self.read_finished(shard), Ok)?;
-            counts.add(&finished.counts);
-        }
-        Ok(counts)
-    }
-
-    /// What the file of a finished shard, or what lies beside it, says of it.
-    fn read_finished(&self, shard: &str) -> Result<FinishedShard> {
-        let stats = self.stats_location(shard);
-        let finished = if self.options.has_stats() && stats.exists()? {
-            serde_json::from_slice(&stats.read(MAX_STATS_BYTES)?).map_err(|error| Error::Output {
-                path: stats.to_string().into(),
-                reason: format!("it is damaged: {error}"),
-                hint: "delete it: the shard's file is then read instead".to_owned(),
-            })?
-        } else if self.options.format == Format::Parquet {
-            parquet::read_finished(&self.local_copy(shard)?)?
-        } else {
-            let mut counts = Counts::default();
-            self.read_rows(shard, &mut |entry| {
-                counts.add_row(&entry.row);
-                Ok(())
-            })?;
-            FinishedShard { counts: counts.with_prompt_tokens(self.prompt_tokens), identity: None }
-        };
-        self.known().insert(shard.to_owned(), finished.clone());
-        Ok(finished)
-    }
-
-    /// Reads the rows of a finished shard, in order.
-    fn read_rows(&self, shard: &str, each: &mut dyn FnMut(Entry) -> Result<()>) -> Result<()> {
-        let path = self.local_copy(shard)?;
-        match self.options.format {
-            Format::Parquet => parquet::read(&path, each),
-            Format::Jsonl => jsonl::read(&path, each),
-            Format::Webdataset => webdataset::read(&path, each),
-        }
-    }
-
-    /// The file of a finished shard on this machine: a copy, if it lies elsewhere.
-    fn local_copy(&self, shard: &str) -> Result<PathBuf> {
-        let location = self.location(shard);
-        if let Some(path) = location.local_path() {
-            return Ok(path.to_owned());
-        }
-        // Under one name, so that there is never more than one for each shard; deleted with the journals.
-        let path = self.options.journal_folder().join(format!("{shard}.copy"));
-        let mut file = std::fs::File::create(&path).map_err(Error::io("create", &path))?;
-        std::io::copy(&mut location.open()?, &mut file).map_err(Error::at("read", &location))?;
-        Ok(path)
-    }
-
     /// Begins a shard: finished, another process's, or this one's from here on. `identity` is its input's, where that is
     /// known already.
     ///
@@ -275,7 +213,7 @@ impl Output {
             return Ok(BegunShard::Finished(finished.clone()));
         }
         let claim = if self.options.has_claims {
-            match Claim::take(&self.options.claim_folder().join(format!("{shard}.lock")))? {
+            match Claim::take(&self.claim_path(shard))? {
                 Some(claim) => Some(claim),
                 None => return Ok(BegunShard::Busy),
             }
@@ -291,7 +229,7 @@ impl Output {
         }
         // Only now: another process may have finished it a moment ago.
         let replaces = match self.location(shard).exists()? {
-            true => Some(self.read_finished(shard)?),
+            true => Some(self.read_finished(shard, None)?),
             false => None,
         };
         if let Some(finished) = replaces.as_ref().filter(|finished| is_final(finished)) {
@@ -311,10 +249,13 @@ impl Output {
         Ok(BegunShard::Open(Box::new(open), Kept { rows, replaces }))
     }
 
-    /// How long shards that others have must be waited for until it is known whether those are alive. Locks on this machine
-    /// tell that at once.
-    pub(crate) fn time_until_stale(&self) -> Duration {
-        self.store_claims.as_ref().map_or(Duration::ZERO, StoreClaims::time_until_stale)
+    /// Waits until it is known of the shards that others have whether those are alive, or `is_done` says so. Locks on this
+    /// machine tell that at once.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) fn wait_for_others(&self, is_done: impl FnMut() -> bool) -> Result<()> {
+        self.store_claims.as_ref().map_or(Ok(()), |claims| claims.wait_for_others(is_done))
     }
 
     /// The journal that an earlier run left, or a new one.
@@ -342,7 +283,8 @@ impl Output {
     /// A journal that starts with the good rows of a finished shard.
     fn journal_of_retry(&self, shard: &str, identity: Option<&str>) -> Result<(Journal, HashMap<usize, u64>)> {
         let path = self.journal_path(shard);
-        let replaces = fingerprint(&self.local_copy(shard)?)?;
+        let copy = self.local_copy(shard)?;
+        let replaces = fingerprint(&copy.path)?;
         match Journal::replay(&path)? {
             Some(replayed) if replayed.header.replaces.as_ref() == Some(&replaces) => {
                 return Ok((replayed.journal, replayed.kept));
@@ -356,7 +298,7 @@ impl Output {
         let mut journal = Journal::create(&temporary, &header)?;
         let mut kept = HashMap::new();
         let mut index = 0;
-        self.read_rows(shard, &mut |entry| {
+        self.read_rows(&copy.path, &mut |entry| {
             if entry.row.is_ok() {
                 journal.append(index, &entry.row, Some(&entry.image))?;
                 kept.insert(index, key_hash(&entry.row.key));
@@ -370,28 +312,32 @@ impl Output {
     /// Writes the file of a shard whose rows are all in the journal, then deletes the journal and the claim.
     ///
     /// # Errors
-    /// The disk's; the journal is then kept.
+    /// The disk's or the store's; the journal is then kept. [`Error::ClaimLost`] when the shard is another process's by now.
     pub(crate) fn commit(&self, shard: &str, open: OpenShard, num_rows: usize, identity: &str) -> Result<()> {
         let OpenShard { claim, mut journal, .. } = open;
-        if let Some(claims) = &self.store_claims {
-            claims.confirm(shard)?;
-        }
         let location = self.location(shard);
         let counts = journal.counts().clone().with_prompt_tokens(self.prompt_tokens);
         let finished = FinishedShard { counts, identity: Some(identity.to_owned()) };
-        if self.options.has_stats() {
-            let json = serde_json::to_vec(&finished).expect("bug: counts serialise");
-            let stats = self.stats_location(shard);
-            if let Some(folder) = self.options.stats_folder().local_path() {
-                create_folder(folder)?;
-            }
-            write_atomically(&stats, |file| file.write_all(&json).map_err(Error::at("write", &stats)))?;
+        // A file always has its counts beside it. Those of one that is replaced are deleted first: if the process ends in
+        // between, they are not taken for the new ones', nor the new ones for the old file's.
+        let is_replaced = self.options.has_stats() && location.exists()?;
+        match (self.options.has_stats(), is_replaced) {
+            (true, true) => self.stats_location(shard).delete()?,
+            (true, false) => self.write_stats(shard, &finished)?,
+            (false, _) => {}
         }
         let rows = &mut (0..num_rows).map(|index| journal.read(index));
-        match self.options.format {
-            Format::Parquet => parquet::write(&location, rows, &finished, self.with_token_ids)?,
-            Format::Jsonl => jsonl::write(&location, rows, self.with_token_ids)?,
-            Format::Webdataset => webdataset::write(&location, rows)?,
+        write_atomically(&location, |file| {
+            match self.options.format {
+                Format::Parquet => parquet::write(file, &location, rows, &finished, self.with_token_ids)?,
+                Format::Jsonl => jsonl::write(file, &location, rows, self.with_token_ids)?,
+                Format::Webdataset => webdataset::write(file, &location, rows)?,
+            }
+            // As late as can be: all but the last request is done.
+            self.store_claims.as_ref().map_or(Ok(()), |claims| claims.confirm(shard))
+        })?;
+        if is_replaced {
+            self.write_stats(shard, &finished)?;
         }
         self.known().insert(shard.to_owned(), finished);
         journal.remove()?;
@@ -420,11 +366,6 @@ impl Output {
 
     /// Leaves nothing in the folder that a finished output does not need.
     pub(crate) fn tidy(&self) {
-        for name in Location::Local(self.options.journal_folder()).names().unwrap_or_default() {
-            if name.ends_with(".copy") {
-                let _ = std::fs::remove_file(self.options.journal_folder().join(name));
-            }
-        }
         // They stay when there is something in them.
         let _ = std::fs::remove_dir(self.options.journal_folder());
         let _ = std::fs::remove_dir(self.options.claim_folder());

@@ -17,9 +17,9 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::error::{Error, Result};
 use crate::model::sequence::FinishReason;
+use crate::pipeline::write::AtomicFile;
 use crate::pipeline::write::journal::Entry;
 use crate::pipeline::write::output::FinishedShard;
-use crate::pipeline::write::write_atomically;
 use crate::pipeline::write::written_row::WrittenRow;
 use crate::storage::Location;
 
@@ -28,8 +28,12 @@ const SHARD_KEY: &str = "recaption.shard";
 
 /// Rows that are turned into columns at a time.
 const ROWS_PER_BATCH: usize = 1024;
+/// A row group is in memory until it is whole: compressed, this much of it.
+const MAX_ROW_GROUP_BYTES: usize = 64 << 20;
 
+/// Writes the rows of a shard to `file`, which is to be at `location`.
 pub(super) fn write(
+    file: &mut AtomicFile,
     location: &Location,
     rows: &mut dyn Iterator<Item = Result<Entry>>,
     shard: &FinishedShard,
@@ -40,19 +44,20 @@ pub(super) fn write(
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_key_value_metadata(Some(vec![KeyValue::new(SHARD_KEY.to_owned(), shard)]))
         .build();
-    write_atomically(location, |file| {
-        let failed = |source| disk_error("write", location, source);
-        let schema = record_batch(&[], with_token_ids).schema();
-        let mut writer = ArrowWriter::try_new(file, schema, Some(properties)).map_err(failed)?;
-        loop {
-            let batch = rows.take(ROWS_PER_BATCH).map(|entry| Ok(entry?.row)).collect::<Result<Vec<_>>>()?;
-            if batch.is_empty() {
-                break;
-            }
-            writer.write(&record_batch(&batch, with_token_ids)).map_err(failed)?;
+    let failed = |source| disk_error("write", location, source);
+    let schema = record_batch(&[], with_token_ids).schema();
+    let mut writer = ArrowWriter::try_new(file, schema, Some(properties)).map_err(failed)?;
+    loop {
+        let batch = rows.take(ROWS_PER_BATCH).map(|entry| Ok(entry?.row)).collect::<Result<Vec<_>>>()?;
+        if batch.is_empty() {
+            break;
         }
-        writer.close().map(|_| ()).map_err(failed)
-    })
+        writer.write(&record_batch(&batch, with_token_ids)).map_err(failed)?;
+        if writer.in_progress_size() > MAX_ROW_GROUP_BYTES {
+            writer.flush().map_err(failed)?;
+        }
+    }
+    writer.close().map(|_| ()).map_err(failed)
 }
 
 /// Reads the rows of a finished file, in order.

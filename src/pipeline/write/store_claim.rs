@@ -9,11 +9,16 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 
 use crate::error::{Error, Result};
-use crate::storage::{Location, Version};
+use crate::storage::{Failure, Location, Version};
 
 /// Signs of life within the time after which a claim is nobody's: some may fail.
 const BEATS: u32 = 5;
 const MAX_CLAIM_BYTES: u64 = 1 << 16;
+/// How often a claim is asked for that comes and goes.
+const MAX_TRIES: usize = 3;
+/// Looks at a claim of another within the time after which it is nobody's, while nothing else is left to do.
+const LOOKS: u32 = 30;
+const SHORTEST_LOOK: Duration = Duration::from_millis(100);
 
 /// The claims of this process in one output.
 pub(crate) struct StoreClaims {
@@ -62,26 +67,35 @@ impl StoreClaims {
     /// # Errors
     /// The store's.
     pub(crate) fn take(&self, shard: &str) -> Result<bool> {
-        let location = self.folder.join(&format!("{shard}.json"));
-        let version = match location.create_exclusive(contents(&self.owner))? {
-            Some(version) => Some(version),
-            None => self.take_over(shard, &location)?,
-        };
-        let is_taken = version.is_some();
-        if let Some(version) = version {
-            lock(&self.held).insert(shard.to_owned(), Held { location, version, is_lost: false });
+        let location = self.location(shard);
+        // One that is there for the first request and gone for the second was deleted with its shard finished.
+        for _ in 0..MAX_TRIES {
+            let version = match location.create_exclusive(contents(&self.owner))? {
+                Some(version) => Some(version),
+                None => match read(&location)? {
+                    Some((owner, version)) => self.take_over(shard, &location, owner.as_deref(), version)?,
+                    None => continue,
+                },
+            };
+            let is_taken = version.is_some();
+            if let Some(version) = version {
+                lock(&self.seen).remove(shard);
+                lock(&self.held).insert(shard.to_owned(), Held { location, version, is_lost: false });
+            }
+            return Ok(is_taken);
         }
-        Ok(is_taken)
+        Ok(false)
     }
 
     /// Takes a claim that exists already, if it is this work folder's from before or nobody's any more.
-    fn take_over(&self, shard: &str, location: &Location) -> Result<Option<Version>> {
-        // It may be gone by now: then its shard is finished, and the next look finds that.
-        let (claim, version) = location.read_version(MAX_CLAIM_BYTES)?;
-        let owner = serde_json::from_slice::<serde_json::Value>(&claim)
-            .ok()
-            .and_then(|claim| claim["owner"].as_str().map(str::to_owned));
-        let is_own = owner.as_deref() == Some(&self.owner);
+    fn take_over(
+        &self,
+        shard: &str,
+        location: &Location,
+        owner: Option<&str>,
+        version: Version,
+    ) -> Result<Option<Version>> {
+        let is_own = owner == Some(&self.owner);
         let is_stale = {
             let mut seen = lock(&self.seen);
             match seen.get(shard) {
@@ -92,29 +106,48 @@ impl StoreClaims {
                 }
             }
         };
-        if is_own || is_stale { location.update(contents(&self.owner), &version) } else { Ok(None) }
+        if is_own || is_stale { replace(location, &self.owner, &version) } else { Ok(None) }
     }
 
-    /// How long the claims of others must be waited for until those that do not change are nobody's.
-    pub(crate) fn time_until_stale(&self) -> Duration {
-        let seen = lock(&self.seen);
-        let left = seen.values().map(|(_, since)| self.timeout.saturating_sub(since.elapsed()));
-        left.max().unwrap_or_default()
+    /// Waits until it is known of each claim of another whether that is alive: the claim changes, is gone, or does neither
+    /// for as long as makes it nobody's. Ends early when `is_done` says so.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) fn wait_for_others(&self, mut is_done: impl FnMut() -> bool) -> Result<()> {
+        let interval = (self.timeout / LOOKS).max(SHORTEST_LOOK);
+        let mut next_look = Instant::now();
+        loop {
+            if next_look.elapsed() > Duration::ZERO {
+                let waited_for: Vec<String> = lock(&self.seen).keys().cloned().collect();
+                for shard in waited_for {
+                    let found = read(&self.location(&shard))?.map(|(_, version)| version);
+                    let mut seen = lock(&self.seen);
+                    let is_unchanged = seen.get(&shard).is_some_and(|(version, _)| Some(version) == found.as_ref());
+                    if !is_unchanged {
+                        seen.remove(&shard);
+                    }
+                }
+                next_look = Instant::now() + interval;
+            }
+            let is_waiting = lock(&self.seen).values().any(|(_, since)| since.elapsed() < self.timeout);
+            if !is_waiting || is_done() {
+                return Ok(());
+            }
+            std::thread::sleep(SHORTEST_LOOK);
+        }
+    }
+
+    fn location(&self, shard: &str) -> Location {
+        self.folder.join(&format!("{shard}.json"))
     }
 
     /// Makes sure that a claim is still this process's, before what it stands for is finished.
     ///
     /// # Errors
-    /// [`Error::Output`] when another process took it over; the store's.
+    /// [`Error::ClaimLost`] when another process took it over; the store's.
     pub(crate) fn confirm(&self, shard: &str) -> Result<()> {
-        if renew(&self.held, shard, &self.owner)? {
-            return Ok(());
-        }
-        Err(Error::Output {
-            path: self.folder.join(&format!("{shard}.json")).to_string().into(),
-            reason: "another process took this shard over, since this one showed no sign of life".to_owned(),
-            hint: "that process does the shard; run the same command again for the others".to_owned(),
-        })
+        if renew(&self.held, shard, &self.owner)? { Ok(()) } else { Err(Error::ClaimLost { shard: shard.to_owned() }) }
     }
 
     /// Gives a claim up and deletes it: what it stood for is finished, or is left.
@@ -131,12 +164,32 @@ fn renew(held: &Mutex<HashMap<String, Held>>, shard: &str, owner: &str) -> Resul
     let mut held = lock(held);
     let Some(claim) = held.get_mut(shard) else { return Ok(true) };
     if !claim.is_lost {
-        match claim.location.update(contents(owner), &claim.version)? {
+        match replace(&claim.location, owner, &claim.version)? {
             Some(version) => claim.version = version,
             None => claim.is_lost = true,
         }
     }
     Ok(!claim.is_lost)
+}
+
+/// Rewrites a claim that is still at `version`; `None` when it is another's.
+fn replace(location: &Location, owner: &str, version: &Version) -> Result<Option<Version>> {
+    if let Some(version) = location.update(contents(owner), version)? {
+        return Ok(Some(version));
+    }
+    // A write whose answer was lost is refused when it is repeated. Nobody else writes with this owner: the lock in the work
+    // folder is this process's.
+    Ok(read(location)?.and_then(|(found, version)| (found.as_deref() == Some(owner)).then_some(version)))
+}
+
+/// Owner and version of a claim; `None` when there is none.
+fn read(location: &Location) -> Result<Option<(Option<String>, Version)>> {
+    let (claim, version) = match location.read_version(MAX_CLAIM_BYTES) {
+        Err(Error::Storage { failure: Failure::NotFound, .. }) => return Ok(None),
+        found => found?,
+    };
+    let claim: serde_json::Value = serde_json::from_slice(&claim).unwrap_or_default();
+    Ok(Some((claim["owner"].as_str().map(str::to_owned), version)))
 }
 
 /// A claim's contents: never the same twice, since stores may tell versions by their hash.

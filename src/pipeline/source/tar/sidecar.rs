@@ -2,9 +2,14 @@
 
 use serde_json::{Map, Value};
 
+use crate::pipeline::source::limits::is_deeper_than;
+
 /// A sidecar's object. Python writes NaN and infinities, which JSON has no word for: they become null. What is no object
 /// at all comes back as its text.
-pub(super) fn parse_sidecar(json: &[u8]) -> Result<Map<String, Value>, String> {
+pub(super) fn parse_sidecar(json: &[u8], max_depth: usize) -> Result<Map<String, Value>, String> {
+    if is_deeper_than(json, max_depth) {
+        return Err(String::from_utf8_lossy(json).into_owned());
+    }
     let parse = |json: &[u8]| match serde_json::from_slice(json) {
         Ok(Value::Object(fields)) => Some(fields),
         _ => None,
@@ -60,9 +65,9 @@ mod tests {
 
     #[test]
     fn numbers_that_json_has_no_word_for_become_null() {
-        let fields = parse_sidecar(br#"{"url": "a NaN \" Infinity", "score": NaN, "low": -Infinity}"#).unwrap();
+        let fields = parse_sidecar(br#"{"url": "a NaN \" Infinity", "score": NaN, "low": -Infinity}"#, 9).unwrap();
         assert_eq!(fields["url"], "a NaN \" Infinity");
         assert!(fields["score"].is_null() && fields["low"].is_null());
-        assert_eq!(parse_sidecar(b"[1]"), Err("[1]".to_owned()));
+        assert_eq!(parse_sidecar(b"[1]", 9), Err("[1]".to_owned()));
     }
 }

@@ -48,10 +48,11 @@ pub(super) struct Window {
     sent: HashSet<[u8; 16]>,
     /// Sidecars that came after their image had left the window.
     num_late: usize,
+    max_json_depth: usize,
 }
 
 impl Window {
-    pub(super) fn new(source: String) -> Self {
+    pub(super) fn new(source: String, max_json_depth: usize) -> Self {
         Self {
             source,
             samples: VecDeque::new(),
@@ -60,6 +61,7 @@ impl Window {
             num_bytes: 0,
             sent: HashSet::new(),
             num_late: 0,
+            max_json_depth,
         }
     }
 
@@ -107,7 +109,7 @@ impl Window {
             return Ok(());
         }
         self.sent.insert(hash(&sample.key));
-        sample.send(&self.source, emitter)
+        sample.send(&self.source, self.max_json_depth, emitter)
     }
 
     /// A member whose sample is sent already: another image is a failed row, a sidecar is lost to it.
@@ -117,7 +119,7 @@ impl Window {
             return Ok(());
         };
         let sample = Sample { key: key.to_owned(), images: vec![Err(duplicate(&extension))], ..Sample::default() };
-        sample.send(&self.source, emitter)
+        sample.send(&self.source, self.max_json_depth, emitter)
     }
 }
 
@@ -161,11 +163,11 @@ impl Sample {
     }
 
     /// Sends the rows of the sample.
-    fn send(self, source: &str, emitter: &mut Emitter<'_>) -> Result<()> {
+    fn send(self, source: &str, max_json_depth: usize, emitter: &mut Emitter<'_>) -> Result<()> {
         let key = String::from_utf8_lossy(&self.key).into_owned();
         let mut input = InputColumns { key, source: source.to_owned(), ..InputColumns::default() };
         let mut fields = Map::new();
-        match self.json.as_deref().map(parse_sidecar) {
+        match self.json.as_deref().map(|json| parse_sidecar(json, max_json_depth)) {
             Some(Ok(parsed)) => fields = parsed,
             // Unreadable, but not lost.
             Some(Err(text)) => input.metadata = Some(text),
