@@ -1,6 +1,6 @@
-"""Compares what `recaption run` wrote to an S3 store with a local folder of the same run, through pyarrow's own S3 client.
+"""Compares what `recaption run` wrote to an S3 store with a local run, through pyarrow's own S3 client.
 
-    check_remote.py HOST:PORT BUCKET/PREFIX FOLDER
+    check_remote.py HOST:PORT BUCKET/PREFIX FOLDER_OF_THE_LOCAL_RUN
 
 Prints one JSON object with what was found.
 """

@@ -340,6 +340,10 @@ impl Output {
             self.write_stats(shard, &finished)?;
         }
         self.known().insert(shard.to_owned(), finished);
+        // The journal after the claim: as long as it is there, the next run finds what a kill left of either.
+        if let Some(claims) = &self.store_claims {
+            claims.finish(shard);
+        }
         journal.remove()?;
         self.finish_claims(shard, claim);
         Ok(())

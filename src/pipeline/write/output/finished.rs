@@ -149,7 +149,7 @@ impl Output {
         write_atomically(&stats, |file| file.write_all(&json).map_err(Error::at("write", &stats)))
     }
 
-    /// Deletes the journals of shards that are finished: a run was killed between a file and its journal, or another process
+    /// Deletes the journals and claims of shards that are finished: a run was killed between a file and its journal, or another process
     /// took the shard over.
     pub(super) fn delete_old_journals(&self) -> Result<()> {
         for name in Location::Local(self.options.journal_folder()).names()? {
@@ -168,6 +168,11 @@ impl Output {
                 Err(_) => false,
             };
             if is_old {
+                if let Some(claims) = &self.store_claims
+                    && claims.take(shard)?
+                {
+                    claims.finish(shard);
+                }
                 let _ = std::fs::remove_file(self.journal_path(shard));
             }
             claim.finish();
