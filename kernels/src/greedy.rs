@@ -2,7 +2,7 @@
 
 use crate::error::check_len;
 use crate::level::Work;
-use crate::math::sum_of;
+use crate::math::{Times, sum_of};
 use crate::simd::{LANES, Simd};
 use crate::workers::{Shared, Workers};
 use crate::{Error, Level};
@@ -41,7 +41,7 @@ impl Work for Row<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> i64 {
         let zero = s.splat(0.0);
-        let zeros = sum_of(s, self.0, |sum, x| s.fma(x, zero, sum));
+        let zeros = sum_of(s, self.0, Times(zero));
         if zeros.is_nan() {
             return NO_ID;
         }

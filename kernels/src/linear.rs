@@ -4,7 +4,9 @@
 //! sums are added in order, `acc = fma(sum, s, acc)`, where s is the product of those scales that differ between blocks; the
 //! others follow as above. Then bias, activation, residual. An output depends on its row and column alone.
 
-use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
+use std::cell::RefCell;
+
+use crate::dot::{COLUMNS, Chunks, Prepared, ROWS, Scales, Sums, Tile};
 use crate::error::check_len;
 use crate::level::Work;
 use crate::math::{gelu, gelu_tanh, swish};
@@ -125,6 +127,11 @@ struct Part<'a> {
     panels: std::ops::Range<usize>,
 }
 
+thread_local! {
+    // Taken out while it is used: a closure around a task would be compiled without the instruction set's features.
+    static PREPARED: RefCell<Prepared> = RefCell::default();
+}
+
 impl Work for Part<'_> {
     type Output = ();
 
@@ -136,7 +143,14 @@ impl Work for Part<'_> {
         let blockwise = product.x.block != 0 || spec.block_scales;
         let mut sums = [[0; COLUMNS]; ROWS];
         let mut acc = [[0.0; COLUMNS]; ROWS];
+        let mut scratch = PREPARED.take();
+        let is_prepared = rows.len() >= S::PREPARED_ROWS;
         for panel in panels.clone() {
+            if is_prepared {
+                let steps_of_block = if blockwise { spec.block / 4 } else { spec.num_steps() };
+                s.prepare(weights.panel(panel), steps_of_block, &mut scratch);
+            }
+            let prepared = is_prepared.then_some(&scratch);
             let next: &[_] = if panel + 1 < panels.end { weights.panel(panel + 1) } else { &[] };
             let correction = total(weights.corrections(panel));
             let bias = product.bias(s, panel);
@@ -145,11 +159,18 @@ impl Work for Part<'_> {
                 let (first, count) = (rows.start + part.start, part.len());
                 let next = &next[part_of(next.len(), num_tiles, tile)];
                 if blockwise {
-                    product.add_blocks(s, panel, first, count, next, &mut sums, &mut acc);
+                    product.add_blocks(s, panel, prepared, first, count, next, &mut sums, &mut acc);
                 } else {
                     let stride = stride(spec.k);
                     let a = &product.x.values[first * stride..];
-                    let tile = Tile { a, stride, b: weights.panel(panel), init: &correction, next };
+                    let tile = Tile {
+                        a,
+                        stride,
+                        b: weights.panel(panel),
+                        init: &correction,
+                        next,
+                        prepared: block_of(prepared, 0),
+                    };
                     s.tile(count, tile, &mut sums);
                     for (acc, sums) in acc.iter_mut().zip(&sums).take(count) {
                         for (acc, sums) in acc.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
@@ -160,6 +181,16 @@ impl Work for Part<'_> {
                 product.finish(s, panel, bias, first, &acc[..count]);
             }
         }
+        PREPARED.set(scratch);
+    }
+}
+
+/// A block of a panel that may be made ready.
+#[inline(always)]
+fn block_of(prepared: Option<&Prepared>, block: usize) -> Option<Chunks<'_>> {
+    match prepared {
+        Some(prepared) => Some(prepared.block(block)),
+        None => None,
     }
 }
 
@@ -176,6 +207,7 @@ impl Product<'_> {
         &self,
         s: S,
         panel: usize,
+        prepared: Option<&Prepared>,
         first: usize,
         count: usize,
         next: &[crate::dot::Step],
@@ -203,7 +235,8 @@ impl Product<'_> {
                 (true, false) => Scales::Rows(&rows),
                 (false, _) => Scales::Columns(columns),
             };
-            s.add_tile(count, Tile { a, stride, b: steps, init, next }, scales, sums, acc);
+            let prepared = block_of(prepared, b);
+            s.add_tile(count, Tile { a, stride, b: steps, init, next, prepared }, scales, sums, acc);
         }
     }
 

@@ -59,24 +59,75 @@ pub(crate) fn gelu_tanh<S: Simd>(s: S, x: S::F) -> S::F {
     s.div(x, s.add(s.splat(1.0), e))
 }
 
-/// Sum over `f(x)` of a row: element i goes to partial sum i mod 64; the four vectors of partial sums are added in pairs.
+/// What a sum over a row adds up. (Not a closure: one that is not inlined is compiled without the instruction set.)
+pub(crate) trait Term<S: Simd>: Copy {
+    /// `sum` and what `x` gives.
+    fn add(self, s: S, sum: S::F, x: S::F) -> S::F;
+}
+
+/// x
+#[derive(Clone, Copy)]
+pub(crate) struct Value;
+
+/// x^2
+#[derive(Clone, Copy)]
+pub(crate) struct Square;
+
+/// (x - mean)^2
+#[derive(Clone, Copy)]
+pub(crate) struct SquareFrom<F>(pub(crate) F);
+
+/// x times a factor
+#[derive(Clone, Copy)]
+pub(crate) struct Times<F>(pub(crate) F);
+
+impl<S: Simd> Term<S> for Times<S::F> {
+    #[inline(always)]
+    fn add(self, s: S, sum: S::F, x: S::F) -> S::F {
+        s.fma(x, self.0, sum)
+    }
+}
+
+impl<S: Simd> Term<S> for Value {
+    #[inline(always)]
+    fn add(self, s: S, sum: S::F, x: S::F) -> S::F {
+        s.add(sum, x)
+    }
+}
+
+impl<S: Simd> Term<S> for Square {
+    #[inline(always)]
+    fn add(self, s: S, sum: S::F, x: S::F) -> S::F {
+        s.fma(x, x, sum)
+    }
+}
+
+impl<S: Simd> Term<S> for SquareFrom<S::F> {
+    #[inline(always)]
+    fn add(self, s: S, sum: S::F, x: S::F) -> S::F {
+        let d = s.sub(x, self.0);
+        s.fma(d, d, sum)
+    }
+}
+
+/// Sum over a row: element i goes to partial sum i mod 64; the four vectors of partial sums are added in pairs.
 #[inline(always)]
-pub(crate) fn sum_of<S: Simd>(s: S, row: &[f32], f: impl Fn(S::F, S::F) -> S::F) -> f32 {
+pub(crate) fn sum_of<S: Simd>(s: S, row: &[f32], term: impl Term<S>) -> f32 {
     let mut sums = [s.splat(0.0); 4];
     let (whole, rest) = row.as_chunks::<{ 4 * LANES }>();
     for chunk in whole {
         let (vectors, _) = chunk.as_chunks::<LANES>();
         for (sum, x) in sums.iter_mut().zip(vectors) {
-            *sum = f(*sum, s.load(x));
+            *sum = term.add(s, *sum, s.load(x));
         }
     }
     let (vectors, tail) = rest.as_chunks::<LANES>();
     for (sum, x) in sums.iter_mut().zip(vectors) {
-        *sum = f(*sum, s.load(x));
+        *sum = term.add(s, *sum, s.load(x));
     }
     if !tail.is_empty() {
         let sum = sums[vectors.len()];
-        sums[vectors.len()] = s.first(tail.len(), f(sum, s.load_part(tail)), sum);
+        sums[vectors.len()] = s.first(tail.len(), term.add(s, sum, s.load_part(tail)), sum);
     }
     s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
 }

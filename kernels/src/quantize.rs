@@ -5,7 +5,7 @@
 
 use crate::error::check_len;
 use crate::level::Work;
-use crate::math::sum_of;
+use crate::math::{Square, SquareFrom, Value, sum_of};
 use crate::simd::{LANES, Simd};
 use crate::workers::{Shared, Workers, part_of};
 use crate::{Error, Level};
@@ -134,55 +134,86 @@ impl Work for Rows<'_> {
             values[k..].fill(128);
             let values = &mut values[..k];
             match self.norm {
-                Norm::None => quantize(s, x, block, values, scales, |at, len| s.load_part(&x[at..at + len])),
+                Norm::None => quantize(s, Plain { x }, block, values, scales),
                 Norm::Rms { weight, epsilon } => {
-                    let mean = sum_of(s, x, |sum, x| s.fma(x, x, sum)) / k as f32;
+                    let mean = sum_of(s, x, Square) / k as f32;
                     let factor = s.splat(1.0 / (mean + epsilon).sqrt());
-                    quantize(s, x, block, values, scales, |at, len| {
-                        s.mul(s.mul(s.load_part(&x[at..at + len]), factor), s.load_part(&weight[at..at + len]))
-                    });
+                    quantize(s, RmsNormed { x, weight, factor }, block, values, scales);
                 }
                 Norm::Layer { weight, bias, epsilon } => {
-                    let mean = s.splat(sum_of(s, x, |sum, x| s.add(sum, x)) / k as f32);
-                    let square = |sum, x| {
-                        let d = s.sub(x, mean);
-                        s.fma(d, d, sum)
-                    };
-                    let factor = s.splat(1.0 / (sum_of(s, x, square) / k as f32 + epsilon).sqrt());
-                    quantize(s, x, block, values, scales, |at, len| {
-                        let x = s.mul(s.sub(s.load_part(&x[at..at + len]), mean), factor);
-                        s.fma(x, s.load_part(&weight[at..at + len]), s.load_part(&bias[at..at + len]))
-                    });
+                    let mean = s.splat(sum_of(s, x, Value) / k as f32);
+                    let variance = sum_of(s, x, SquareFrom(mean)) / k as f32;
+                    let factor = s.splat(1.0 / (variance + epsilon).sqrt());
+                    quantize(s, LayerNormed { x, weight, bias, mean, factor }, block, values, scales);
                 }
             }
         }
     }
 }
 
-/// Quantises one row, whose vector of `len` elements from `at` on is `value(at, len)`; that is computed twice, which is
-/// cheaper than keeping it.
+/// A row to quantise. (Not a closure: one that is not inlined is compiled without the instruction set.)
+trait Row<S: Simd>: Copy {
+    /// Its vector of `len` elements (at most 16) from `at` on.
+    fn at(self, s: S, at: usize, len: usize) -> S::F;
+}
+
+#[derive(Clone, Copy)]
+struct Plain<'a> {
+    x: &'a [f32],
+}
+
+#[derive(Clone, Copy)]
+struct RmsNormed<'a, F> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    factor: F,
+}
+
+#[derive(Clone, Copy)]
+struct LayerNormed<'a, F> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: &'a [f32],
+    mean: F,
+    factor: F,
+}
+
+impl<S: Simd> Row<S> for Plain<'_> {
+    #[inline(always)]
+    fn at(self, s: S, at: usize, len: usize) -> S::F {
+        s.load_part(&self.x[at..at + len])
+    }
+}
+
+impl<S: Simd> Row<S> for RmsNormed<'_, S::F> {
+    #[inline(always)]
+    fn at(self, s: S, at: usize, len: usize) -> S::F {
+        s.mul(s.mul(s.load_part(&self.x[at..at + len]), self.factor), s.load_part(&self.weight[at..at + len]))
+    }
+}
+
+impl<S: Simd> Row<S> for LayerNormed<'_, S::F> {
+    #[inline(always)]
+    fn at(self, s: S, at: usize, len: usize) -> S::F {
+        let x = s.mul(s.sub(s.load_part(&self.x[at..at + len]), self.mean), self.factor);
+        s.fma(x, s.load_part(&self.weight[at..at + len]), s.load_part(&self.bias[at..at + len]))
+    }
+}
+
+/// Quantises one row, whose elements are computed twice, which is cheaper than keeping them.
 #[inline(always)]
-fn quantize<S: Simd>(
-    s: S,
-    x: &[f32],
-    block: usize,
-    values: &mut [u8],
-    scales: &mut [f32],
-    value: impl Fn(usize, usize) -> S::F,
-) {
-    let block = if block == 0 { x.len() } else { block };
+fn quantize<S: Simd>(s: S, row: impl Row<S>, block: usize, values: &mut [u8], scales: &mut [f32]) {
+    let block = if block == 0 { values.len() } else { block };
     for ((b, values), scale) in values.chunks_mut(block).enumerate().zip(scales) {
         let (start, whole) = (b * block, values.len() / LANES * LANES);
-        // Of non-negative floats the larger has the larger bits; infinities and NaN have the largest of all.
-        let magnitude = |v| s.and_i32(s.bits(v), s.splat_i32(i32::MAX));
         let mut largest = s.splat_i32(0);
         for at in (0..whole).step_by(LANES) {
-            largest = s.max_i32(largest, magnitude(value(start + at, LANES)));
+            largest = s.max_i32(largest, magnitude(s, row.at(s, start + at, LANES)));
         }
         if whole < values.len() {
             let len = values.len() - whole;
-            let v = s.first(len, value(start + whole, len), s.splat(0.0));
-            largest = s.max_i32(largest, magnitude(v));
+            let v = s.first(len, row.at(s, start + whole, len), s.splat(0.0));
+            largest = s.max_i32(largest, magnitude(s, v));
         }
         let largest = f32::from_bits(s.largest_i32(largest) as u32);
         if !largest.is_finite() || largest < 1e-30 {
@@ -192,15 +223,25 @@ fn quantize<S: Simd>(
         }
         *scale = largest / 127.0;
         let inverse = s.splat(127.0 / largest);
-        let quantized = |v| s.add_i32(s.round(s.mul(v, inverse)), s.splat_i32(128));
         let (chunks, tail) = values.as_chunks_mut::<LANES>();
         for (i, to) in chunks.iter_mut().enumerate() {
-            s.store_u8(quantized(value(start + i * LANES, LANES)), to);
+            s.store_u8(quantized(s, row.at(s, start + i * LANES, LANES), inverse), to);
         }
         if !tail.is_empty() {
             let mut lanes = [0; LANES];
-            s.store_u8(quantized(value(start + whole, tail.len())), &mut lanes);
+            s.store_u8(quantized(s, row.at(s, start + whole, tail.len()), inverse), &mut lanes);
             tail.copy_from_slice(&lanes[..tail.len()]);
         }
     }
+}
+
+/// Of non-negative floats the larger has the larger bits; infinities and NaN have the largest of all.
+#[inline(always)]
+fn magnitude<S: Simd>(s: S, v: S::F) -> S::I {
+    s.and_i32(s.bits(v), s.splat_i32(i32::MAX))
+}
+
+#[inline(always)]
+fn quantized<S: Simd>(s: S, v: S::F, inverse: S::F) -> S::I {
+    s.add_i32(s.round(s.mul(v, inverse)), s.splat_i32(128))
 }

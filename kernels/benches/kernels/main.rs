@@ -61,7 +61,7 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
     ];
     for (name, k, columns, gated, block) in shapes {
         let spec = PackSpec { columns, k, block, block_scales: block > 0, gated };
-        let weights = vec![3; spec.rows() * k];
+        let weights = normal_weights(spec.rows() * k);
         let scales = vec![0.01; spec.rows() * spec.scales_per_row()];
         // As many copies as it takes to leave the caches, as the layers of a model do.
         let copies = (96_usize << 20).div_ceil(spec.num_bytes());
@@ -94,6 +94,16 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
         }
         println!();
     }
+}
+
+/// Quantised weights with a bell curve's shape, the largest at about four standard deviations: a sum of uniform numbers.
+fn normal_weights(len: usize) -> Vec<i8> {
+    let mut state = 1u64;
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..len).map(|_| ((0..12).map(|_| uniform()).sum::<f32>() * 32.0).round() as i8).collect()
 }
 
 fn quantizes(level: Level, pool: &Pool) {

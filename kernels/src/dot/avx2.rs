@@ -1,29 +1,40 @@
 //! AVX2, with and without VNNI.
 //!
-//! Without it, bytes are widened to 16 bits and multiplied with `vpmaddwd`, whose sums of two products cannot overflow;
-//! `vpmaddubsw` would saturate.
+//! Without it, panels are made ready for `vpmaddubsw` (see [`super::pairs`]). Where rows are so few that this does not pay,
+//! bytes are widened to 16 bits and multiplied with `vpmaddwd`, whose sums of two products cannot overflow.
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Dot, ROWS, Step, Sums, Tile, with_rows};
+use super::{COLUMNS, Dot, Prepared, Step, Sums, Tile, pairs, with_rows};
 use crate::simd::avx2::Avx2;
 
 /// Rows at a time with VNNI: 3 x 4 accumulators of 8 lanes leave four registers for operands.
 const VNNI_ROWS: usize = 3;
 
-/// Rows at a time without: 6 x 2 accumulators, each with two partial sums of 4 columns, and as many for operands.
-const WIDE_ROWS: usize = 6;
+/// Rows at a time of widened bytes: few, or they would not be multiplied in this way.
+const WIDE_ROWS: usize = 3;
 
-/// Steps for which activations are widened at a time: 12 rows of them take 6 KB, so that weights keep the first-level cache.
+/// Steps for which activations are widened at a time.
 const WIDE_STEPS: usize = 64;
 
 impl<const VNNI: bool> Dot for Avx2<VNNI> {
+    const PREPARED_ROWS: usize = if VNNI { usize::MAX } else { WIDE_ROWS + 1 };
+
+    #[inline(always)]
+    fn prepare(self, panel: &[Step], steps_of_block: usize, to: &mut Prepared) {
+        // SAFETY: the token proves the instructions.
+        unsafe { to.fill(panel, steps_of_block) };
+    }
+
     #[inline(always)]
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
         if !VNNI {
             // SAFETY: the token proves the instructions, `check` the reads.
-            unsafe { product(rows, tile, sums) };
+            match tile.prepared {
+                Some(block) => unsafe { pairs::product(rows, tile, block, sums) },
+                None => unsafe { product(rows, tile, sums) },
+            }
             return;
         }
         for first in (0..rows).step_by(VNNI_ROWS) {
@@ -37,31 +48,32 @@ impl<const VNNI: bool> Dot for Avx2<VNNI> {
 /// A step of activations, of 16 bits each.
 type Wide = [u16; 4];
 
-/// Widens the activations of some steps once for all columns, and multiplies.
+/// Widens the activations of some rows and steps once for all columns, and multiplies.
 ///
 /// # Safety
 /// `tile.check(rows)` holds.
 #[target_feature(enable = "avx2")]
 unsafe fn product(rows: usize, tile: Tile<'_>, sums: &mut Sums) {
-    let mut wide = [[[0; 4]; WIDE_STEPS]; ROWS];
+    let mut wide = [[[0; 4]; WIDE_STEPS]; WIDE_ROWS];
     sums[..rows].fill(*tile.init);
-    for (chunk, b) in tile.b.chunks(WIDE_STEPS).enumerate() {
-        for (r, wide) in wide.iter_mut().enumerate().take(rows) {
-            let a = &tile.a[r * tile.stride + chunk * 4 * WIDE_STEPS..][..4 * b.len()];
-            let wide = wide.as_flattened_mut();
-            let (whole, tail) = a.as_chunks::<16>();
-            for (a, wide) in whole.iter().zip(wide.as_chunks_mut::<16>().0) {
-                // SAFETY: both have 16 elements.
-                unsafe {
-                    let a = _mm_loadu_si128(a.as_ptr().cast());
-                    _mm256_storeu_si256(wide.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(a));
+    for first in (0..rows).step_by(WIDE_ROWS) {
+        let rows = WIDE_ROWS.min(rows - first);
+        for (chunk, b) in tile.b.chunks(WIDE_STEPS).enumerate() {
+            for (r, wide) in wide.iter_mut().enumerate().take(rows) {
+                let a = &tile.a[(first + r) * tile.stride + chunk * 4 * WIDE_STEPS..][..4 * b.len()];
+                let wide = wide.as_flattened_mut();
+                let (whole, tail) = a.as_chunks::<16>();
+                for (a, wide) in whole.iter().zip(wide.as_chunks_mut::<16>().0) {
+                    // SAFETY: both have 16 elements.
+                    unsafe {
+                        let a = _mm_loadu_si128(a.as_ptr().cast());
+                        _mm256_storeu_si256(wide.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(a));
+                    }
                 }
+                wide[16 * whole.len()..].iter_mut().zip(tail).for_each(|(wide, &a)| *wide = a.into());
             }
-            wide[16 * whole.len()..].iter_mut().zip(tail).for_each(|(wide, &a)| *wide = a.into());
-        }
-        for first in (0..rows).step_by(WIDE_ROWS) {
-            let (a, sums) = (&wide[first..], &mut sums[first..]);
-            with_rows!(WIDE_ROWS.min(rows - first), product_of_wide(a, b, sums), 1 2 3 4 5 6);
+            let sums = &mut sums[first..];
+            with_rows!(rows, product_of_wide(&wide, b, sums), 1 2 3);
         }
     }
 }
@@ -155,7 +167,7 @@ mod tests {
         let a: Vec<u8> = (0..3 * 52).map(|i| (i * 89 % 256) as u8).collect();
         let b: Vec<Step> = (0..13).map(|k| std::array::from_fn(|i| (k * 31 + i * 57) as u8 as i8)).collect();
         let init = std::array::from_fn(|i| i as i32 - 9);
-        let tile = Tile { a: &a, stride: 52, b: &b, init: &init, next: &[] };
+        let tile = Tile { a: &a, stride: 52, b: &b, init: &init, next: &[], prepared: None };
         let (mut want, mut got) = ([[0; COLUMNS]; 12], [[0; COLUMNS]; 12]);
         Portable.tile(3, tile, &mut want);
         tile.check(3);
