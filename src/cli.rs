@@ -302,7 +302,8 @@ pub struct RunArgs {
     /// Folder for the captions; without it they go to standard output as JSON Lines
     ///
     /// Holds captions-{shard}.parquet for each input shard, run.json (the settings) and summary.json. The same command
-    /// again goes on where the last one ended, and several processes may share the folder. Example: --out captions
+    /// again goes on where the last one ended, and several processes may share the folder. s3://, gs:// and az:// need
+    /// --work-dir beside it. Example: --out captions
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Format of the files in --out
@@ -317,7 +318,8 @@ pub struct RunArgs {
     pub with_token_ids: bool,
     /// Folder on a local disk for the journals of shards in progress
     ///
-    /// Default: --out. A run that goes on must be given the same one. Example: --work-dir /var/tmp/recaption
+    /// Default: --out; needed where that is in an object store. A run that goes on must be given the same one.
+    /// Example: --work-dir /var/tmp/recaption
     #[arg(long, value_name = "DIR", requires = "out")]
     pub work_dir: Option<PathBuf>,
     /// Longest time, in seconds, that a finished caption may be lost to a power loss
@@ -346,6 +348,11 @@ pub struct RunArgs {
     /// Then no two processes may write into it at once, except with --part. Example: --no-claims
     #[arg(long, requires = "out")]
     pub no_claims: bool,
+    /// Time, in seconds, without a sign of life after which a shard of another machine is taken over
+    ///
+    /// With --out in an object store; on a disk a lock tells at once. Example: --claim-timeout 600
+    #[arg(long, value_name = "SECONDS", default_value_t = 150.0, value_parser = parse_seconds)]
+    pub claim_timeout: f64,
     /// Start anew: delete the captions in --out first
     ///
     /// Example: --overwrite

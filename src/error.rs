@@ -142,6 +142,12 @@ pub enum Error {
         /// What to do.
         hint: String,
     },
+    /// A shard that this process had is another's: it gave no sign of life for too long.
+    #[error("shard `{shard}` is another process's by now")]
+    ClaimLost {
+        /// The shard.
+        shard: String,
+    },
     /// More rows failed than `--max-failures` allows.
     #[error("{failed} of {rows} images failed, more than --max-failures allows: {reasons}")]
     TooManyFailures {

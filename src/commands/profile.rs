@@ -19,6 +19,7 @@ use crate::profile::operators::read_profiles;
 use crate::profile::recorder::Recorder;
 use crate::profile::{Profile, Setup, assemble, peaks, render_report, write_trace};
 use crate::runtime::{Device, host};
+use crate::storage::Location;
 
 const PROFILE_FILE: &str = "profile.json";
 const TRACE_FILE: &str = "trace.json";
@@ -110,7 +111,7 @@ fn outcome(summary: &Summary) -> Outcome {
 }
 
 fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<&mut AtomicFile>) -> std::io::Result<()>) -> Result<()> {
-    write_atomically(path, |file| {
+    write_atomically(&Location::from(path), |file| {
         let mut buffered = BufWriter::new(file);
         write(&mut buffered).and_then(|()| buffered.flush()).map_err(Error::io("write", path))
     })

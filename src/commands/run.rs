@@ -18,13 +18,14 @@ use crate::pipeline::write::{Format, Sink, failures, fault, write_shared};
 use crate::pipeline::{RunOptions, Summary};
 use crate::profile::recorder::Recorder;
 use crate::runtime::load_library;
+use crate::storage::Location;
 
 const SUMMARY_FILE: &str = "summary.json";
 /// Reasons of failed rows that the last lines of a run show.
 const SHOWN_REASONS: usize = 3;
 
 pub(super) fn execute(args: &RunArgs) -> anyhow::Result<Outcome> {
-    let (is_quiet, is_json, out, overwrite) = (args.captioning.quiet, args.json, &args.out, args.overwrite);
+    let (is_quiet, is_json, overwrite) = (args.captioning.quiet, args.json, args.overwrite);
     // Before anything else: a port that is taken should cost nobody a model that loads for minutes.
     let address = args.metrics.map(live::listen).transpose()?;
     let (mut options, settings) = prepare(args)?;
@@ -35,6 +36,10 @@ pub(super) fn execute(args: &RunArgs) -> anyhow::Result<Outcome> {
         options.recorder = Some(Recorder::new(false, Some(Live::new(facts(&options)))));
     }
     let sink = options.sink.clone();
+    let out = match &sink {
+        Sink::Folder(options) => Some(&options.folder),
+        Sink::StandardOutput => None,
+    };
     if let Some(folder) = out {
         output::check(folder, &settings, overwrite)?;
     }
@@ -47,12 +52,10 @@ pub(super) fn execute(args: &RunArgs) -> anyhow::Result<Outcome> {
     let summary = run.run()?;
     summary.damaged_inputs.iter().for_each(|damage| print_error(damage, None));
     if !is_quiet {
-        print_line(&describe(&summary, out.as_deref()));
+        print_line(&describe(&summary, out));
     }
     if let Some(out) = out {
-        let path = out.join(SUMMARY_FILE);
-        let text = serde_json::to_vec_pretty(&summary)?;
-        write_shared(&path, |file| file.write_all(&text).map_err(Error::io("write", &path)))?;
+        write_shared(&out.join(SUMMARY_FILE), &serde_json::to_vec_pretty(&summary)?)?;
         if is_json {
             writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&summary)?)
                 .map_err(Error::io("write", Path::new("standard output")))?;
@@ -104,13 +107,7 @@ fn prepare(args: &RunArgs) -> Result<(RunOptions, Value)> {
     })?;
     let settings = settings(args, &options.bundle, &options.prompt, args.format.into())?;
     if let Some(folder) = &args.out {
-        if folder.to_string_lossy().contains("://") {
-            return Err(Error::Setting {
-                reason: format!("--out `{}`: captions are written to folders only", folder.display()),
-                hint: "give a folder, and copy its files to the store when they are there".to_owned(),
-            });
-        }
-        options.sink = Sink::Folder(output::options(folder, args, &settings)?);
+        options.sink = Sink::Folder(output::options(&output::location(folder)?, args, &settings)?);
     }
     options.max_failures = args.max_failures;
     options.part = args.part;
@@ -150,7 +147,7 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
     }))
 }
 
-fn describe(summary: &Summary, out: Option<&Path>) -> String {
+fn describe(summary: &Summary, out: Option<&Location>) -> String {
     let counts = &summary.counts;
     let mut lines = vec![format!(
         "{} rows: {} ok, {} failed; {:.1} s to load, {:.1} s to run, {:.2} images/s, {} new tokens",
@@ -181,7 +178,7 @@ fn describe(summary: &Summary, out: Option<&Path>) -> String {
         lines.push(format!("{} of the rows are of earlier runs, and were not done again", summary.num_earlier_rows));
     }
     if let Some(out) = out {
-        lines.push(format!("captions in `{}`", out.display()));
+        lines.push(format!("captions in `{out}`"));
     }
     if summary.is_interrupted && out.is_none() {
         lines.push("interrupted".to_owned());

@@ -195,7 +195,7 @@ impl LoadedRun {
             failed_engines,
             is_interrupted: report.is_cut_short,
             num_journaled: written.num_journaled,
-            busy_shards: report.busy,
+            busy_shards: report.busy.into_iter().chain(written.lost_shards).collect(),
         })
     }
 }

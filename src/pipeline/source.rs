@@ -119,6 +119,9 @@ pub(crate) fn run(options: SourceOptions<'_>, channels: SourceChannels<'_>) -> R
     let mut busy = emitter.take_busy();
     if !busy.is_empty() && options.limit.is_none() && !options.inputs.contains(&Input::StandardInput) {
         // Their process may have ended meanwhile, well or not.
+        if let Some(output) = options.output {
+            output.wait_for_others(|| emitter.is_done())?;
+        }
         let num_damaged = damaged.len();
         read_all(&options, &mut emitter, &mut damaged)?;
         damaged.truncate(num_damaged);

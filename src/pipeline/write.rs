@@ -4,6 +4,7 @@
 //! A file is written under a temporary name and renamed, so that one that is there is whole. On standard output rows wait
 //! for those before them.
 
+mod atomic;
 pub(crate) mod claim;
 pub mod failures;
 pub mod fault;
@@ -11,18 +12,15 @@ pub(crate) mod journal;
 mod jsonl;
 pub(crate) mod output;
 mod parquet;
+mod store_claim;
 mod webdataset;
 mod written_row;
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
-use recaption_export::hex;
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::live::{self, ShardState};
@@ -30,11 +28,13 @@ use crate::model::Tokenizer;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Failure, Message, Row, Shard};
 use crate::pipeline::write::failures::MaxFailures;
-use crate::pipeline::write::fault::Operation;
 use crate::pipeline::write::output::{OpenShard, Output};
 use crate::profile::recorder::{self, Work};
 use crate::stage::Stage;
 
+pub(crate) use self::atomic::{
+    AtomicFile, create_folder, fingerprint, sync_folder, unique, write_atomically, write_new, write_shared,
+};
 pub use self::jsonl::row_to_json;
 pub use self::output::{Format, OutputOptions};
 pub use self::written_row::{Counts, Status, WrittenRow};
@@ -71,6 +71,8 @@ pub(crate) struct WriteReport {
     pub(crate) num_journaled: u64,
     /// Finished rows of shards that could not be kept.
     pub(crate) num_lost: u64,
+    /// Shards that other processes took over and have.
+    pub(crate) lost_shards: Vec<String>,
 }
 
 /// Writes rows until the channel is closed and empty.
@@ -238,12 +240,20 @@ impl<'a> Writer<'a> {
         match &ended.identity {
             Some(identity) => {
                 let (ok, failed) = (open.journal.counts().ok, open.journal.counts().failed);
-                output.commit(&ended.shard.name, *open, ended.num_rows, identity)?;
+                match output.commit(&ended.shard.name, *open, ended.num_rows, identity) {
+                    Err(Error::ClaimLost { shard }) => {
+                        tracing::warn!(shard, "another process took this shard over and does it");
+                        self.report.num_lost += num_new_rows as u64;
+                        self.report.lost_shards.push(shard);
+                        return Ok(());
+                    }
+                    committed => committed?,
+                }
                 live::count_shard(ShardState::Written);
-                let path = output.path(&ended.shard.name);
+                let location = output.location(&ended.shard.name);
                 tracing::info!(
                     shard = ended.shard.name,
-                    path = %path.display(),
+                    path = %location,
                     rows = ended.num_rows,
                     ok,
                     failed,
@@ -254,7 +264,7 @@ impl<'a> Writer<'a> {
             }
             None => {
                 self.report.num_lost += num_new_rows as u64;
-                output.abandon(*open)
+                output.abandon(&ended.shard.name, *open)
             }
         }
     }
@@ -278,121 +288,4 @@ impl<'a> Writer<'a> {
         }
         Ok(())
     }
-}
-
-/// A file in the making.
-pub(crate) struct AtomicFile(std::fs::File);
-
-impl Write for AtomicFile {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        fault::check(Operation::CommitWrite)?;
-        self.0.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
-    }
-}
-
-/// Writes a file under a temporary name in the same folder, syncs it, renames it to `path` and syncs the folder. `path`
-/// must be this process's alone.
-///
-/// # Errors
-/// The disk's; nothing is left then.
-pub(crate) fn write_atomically<T>(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
-    write_by_way_of(&with_suffix(path, ".tmp"), path, write)
-}
-
-/// As [`write_atomically`], for a file that several processes may write at once: the last one stays.
-pub(crate) fn write_shared<T>(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
-    write_by_way_of(&with_suffix(path, &format!(".{}.tmp", unique())), path, write)
-}
-
-/// Writes a file unless there is one of this name, even if another process does the same at once. Says whether it did.
-///
-/// # Errors
-/// The disk's; nothing is left then.
-pub(crate) fn write_new(path: &Path, contents: &[u8]) -> Result<bool> {
-    let temporary = with_suffix(path, &format!(".{}.tmp", unique()));
-    write_by_way_of(&with_suffix(&temporary, ".tmp"), &temporary, |file| {
-        file.write_all(contents).map_err(Error::io("write", path))
-    })?;
-    let linked = std::fs::hard_link(&temporary, path);
-    let result = match linked {
-        Ok(()) => sync_folder(path).map(|()| true),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        // A filesystem without links: the check and the renaming are two steps there.
-        Err(_) if !path.exists() => {
-            std::fs::rename(&temporary, path).map(|()| true).map_err(Error::io("rename to", path))
-        }
-        Err(_) => Ok(false),
-    };
-    let _ = std::fs::remove_file(&temporary);
-    result
-}
-
-fn write_by_way_of<T>(temporary: &Path, path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<T>) -> Result<T> {
-    let mut file = AtomicFile(std::fs::File::create(temporary).map_err(Error::io("create", temporary))?);
-    let result = write(&mut file).and_then(|result| {
-        fault::check(Operation::CommitSync).and_then(|()| file.0.sync_all()).map_err(Error::io("sync", temporary))?;
-        fault::check(Operation::CommitRename)
-            .and_then(|()| std::fs::rename(temporary, path))
-            .map_err(Error::io("rename to", path))?;
-        sync_folder(path)?;
-        Ok(result)
-    });
-    if result.is_err() {
-        let _ = std::fs::remove_file(temporary);
-    }
-    result
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-/// A word that no other process or thread has.
-fn unique() -> String {
-    let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-    format!("{}-{nanos:x}", std::process::id())
-}
-
-/// Makes the name of a file survive a power loss.
-pub(crate) fn sync_folder(path: &Path) -> Result<()> {
-    #[cfg(unix)]
-    {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let synced = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
-        synced.map_err(Error::io("sync", folder))?;
-    }
-    #[cfg(not(unix))]
-    let _ = path;
-    Ok(())
-}
-
-/// Makes a folder, not those above it.
-pub(crate) fn create_folder(path: &Path) -> Result<()> {
-    match std::fs::create_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("create", path)(error)),
-        _ => Ok(()),
-    }
-}
-
-/// Tells a file from another: its length, its beginning and its end.
-pub(crate) fn fingerprint(path: &Path) -> Result<String> {
-    use std::io::{Read, Seek, SeekFrom};
-    const SAMPLE_BYTES: u64 = 1 << 16;
-    let read = || -> io::Result<String> {
-        let mut file = std::fs::File::open(path)?;
-        let length = file.metadata()?.len();
-        let mut sample = Vec::new();
-        Read::by_ref(&mut file).take(SAMPLE_BYTES).read_to_end(&mut sample)?;
-        file.seek(SeekFrom::Start(length.saturating_sub(SAMPLE_BYTES)))?;
-        file.take(SAMPLE_BYTES).read_to_end(&mut sample)?;
-        sample.extend(length.to_le_bytes());
-        Ok(hex(&Sha256::digest(sample)))
-    };
-    read().map_err(Error::io("read", path))
 }

@@ -78,6 +78,7 @@ impl Failure {
                 return match error.kind() {
                     HttpErrorKind::Connect => Self::Unreachable,
                     HttpErrorKind::Timeout => Self::TimedOut,
+                    HttpErrorKind::Interrupted | HttpErrorKind::Request => Self::Server,
                     _ => Self::Other,
                 };
             }
@@ -85,6 +86,18 @@ impl Failure {
         }
         if text.contains("status code: 5") || text.contains("status code: 429") { Self::Server } else { Self::Other }
     }
+}
+
+/// Whether a request may or may not have been done: the client repeats only those that it may do twice.
+pub(super) fn is_unanswered(error: &object_store::Error) -> bool {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<HttpError>() {
+            return matches!(error.kind(), HttpErrorKind::Timeout | HttpErrorKind::Interrupted);
+        }
+        cause = error.source();
+    }
+    false
 }
 
 impl Object {

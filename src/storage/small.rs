@@ -5,12 +5,12 @@ use std::io::{ErrorKind, Read, Write};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStoreExt, PutMode, PutOptions, PutResult, UpdateVersion};
+use object_store::{Error as StoreError, ObjectStoreExt, PutMode, PutOptions, PutResult, UpdateVersion};
 use tokio::task::JoinHandle;
 
 use crate::error::{Error, Result};
 use crate::storage::client::{policy, spawn, wait};
-use crate::storage::failure::Failure;
+use crate::storage::failure::{Failure, is_unanswered};
 use crate::storage::read::back_off;
 use crate::storage::{AtomicWriter, Location, Object};
 
@@ -131,7 +131,8 @@ impl Location {
         self.put_as(contents.into(), PutMode::Overwrite)?.ok_or_else(|| self.unsupported("write"))
     }
 
-    /// Writes it if nothing is there, in one atomic step: of many processes that try, one gets `Some`.
+    /// Writes it if nothing is there, in one atomic step: of many processes that try, one gets `Some`. None does if the
+    /// store did so but its answer was lost on the way: then the contents tell whose they are.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -153,7 +154,8 @@ impl Location {
     }
 
     /// Replaces it if it is still at `version`; `None` when it is not. In object stores one atomic step; of local files the
-    /// contents are compared first, which is no lock against other processes.
+    /// contents are compared first, which is no lock against other processes. As in [`Location::create_exclusive`], `None`
+    /// may be the second answer to a write of this process.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -205,11 +207,19 @@ impl Location {
             return Err(self.unsupported("write"));
         }
         let put = object.ask("write", |store, path| async move {
-            let options = PutOptions { mode, ..PutOptions::default() };
-            match store.put_opts(&path, contents.into(), options).await {
-                Ok(put) => Ok(Some(put)),
-                Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(None),
-                Err(error) => Err(error),
+            let mut failures = 0;
+            loop {
+                let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
+                match store.put_opts(&path, contents.clone().into(), options).await {
+                    Ok(put) => return Ok(Some(put)),
+                    Err(StoreError::AlreadyExists { .. } | StoreError::Precondition { .. }) => return Ok(None),
+                    Err(StoreError::NotFound { .. }) if matches!(mode, PutMode::Update(_)) => return Ok(None),
+                    Err(error) if failures < policy().max_retries && is_unanswered(&error) => {
+                        failures += 1;
+                        back_off(failures).await;
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         })?;
         Ok(put.map(Version::from))

@@ -113,10 +113,17 @@ pub(crate) enum Fault {
     CutOff,
     /// No answer, ever.
     Silence,
+    /// The server does it, and the connection is closed without its answer.
+    Unheard,
 }
 
 /// A proxy before a server; `plan` decides by the number of the request. It serves until the process ends.
 pub(crate) fn proxy(upstream: u16, plan: impl Fn(usize) -> Fault + Send + Sync + 'static) -> u16 {
+    proxy_by_request(upstream, move |number, _| plan(number))
+}
+
+/// A proxy whose `plan` decides by number and first line (`PUT /bucket/key HTTP/1.1`) of the request.
+pub(crate) fn proxy_by_request(upstream: u16, plan: impl Fn(usize, &str) -> Fault + Send + Sync + 'static) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let (plan, count) = (Arc::new(plan), Arc::new(AtomicUsize::new(0)));
@@ -130,14 +137,19 @@ pub(crate) fn proxy(upstream: u16, plan: impl Fn(usize) -> Fault + Send + Sync +
 }
 
 /// One request a connection.
-fn pass_on(mut client: TcpStream, upstream: u16, plan: &dyn Fn(usize) -> Fault, count: &AtomicUsize) -> Option<()> {
+fn pass_on(
+    mut client: TcpStream,
+    upstream: u16,
+    plan: &dyn Fn(usize, &str) -> Fault,
+    count: &AtomicUsize,
+) -> Option<()> {
     let mut reader = BufReader::new(client.try_clone().ok()?);
     let head = read_head(&mut reader)?;
     let length = header(&head, "content-length").map_or(0, |length| length.parse().unwrap());
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
     // What is cut off is what one reads.
-    let fault = match plan(count.fetch_add(1, Ordering::SeqCst)) {
+    let fault = match plan(count.fetch_add(1, Ordering::SeqCst), &head[0]) {
         Fault::CutOff if !head[0].starts_with("GET ") => Fault::None,
         fault => fault,
     };
@@ -150,7 +162,7 @@ fn pass_on(mut client: TcpStream, upstream: u16, plan: &dyn Fn(usize) -> Fault, 
         Fault::Silence => loop {
             std::thread::sleep(Duration::from_secs(3600));
         },
-        Fault::None | Fault::CutOff => {}
+        Fault::None | Fault::CutOff | Fault::Unheard => {}
     }
     let mut server = TcpStream::connect(("127.0.0.1", upstream)).ok()?;
     let mut lines: Vec<&str> = head.iter().map(String::as_str).collect();
@@ -159,6 +171,9 @@ fn pass_on(mut client: TcpStream, upstream: u16, plan: &dyn Fn(usize) -> Fault, 
     server.write_all(&[request.as_bytes(), &body].concat()).ok()?;
     let mut answer = Vec::new();
     server.read_to_end(&mut answer).ok()?;
+    if fault == Fault::Unheard {
+        return None;
+    }
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
     let body_length = answer.len() - end;
     if fault == Fault::CutOff {

@@ -13,30 +13,59 @@ use crate::commands::run::SUMMARY_FILE;
 use crate::error::{Error, Result};
 use crate::pipeline::write::OutputOptions;
 use crate::pipeline::write::claim::OutputLock;
-use crate::pipeline::write::output::is_output_file;
+use crate::pipeline::write::output::is_output_name;
 use crate::pipeline::write::{create_folder, write_new};
+use crate::storage::Location;
 
 const SETTINGS_FILE: &str = "run.json";
 const LOCK_FILE: &str = "run.lock";
+const MAX_SETTINGS_BYTES: u64 = 16 << 20;
+
+/// The place that `--out` names: a path or a URL.
+pub(super) fn location(out: &Path) -> Result<Location> {
+    let Some(text) = out.to_str() else { return Ok(out.into()) };
+    Location::parse(text).map_err(|error| Error::Setting {
+        reason: format!("--out: {error}"),
+        hint: "use a folder, s3://bucket/prefix, gs:// or az://".to_owned(),
+    })
+}
 
 /// What the pipeline is told of the output folder.
-pub(super) fn options(folder: &Path, args: &RunArgs, settings: &Value) -> Result<OutputOptions> {
+pub(super) fn options(folder: &Location, args: &RunArgs, settings: &Value) -> Result<OutputOptions> {
+    if !folder.is_writable() {
+        return Err(Error::Setting {
+            reason: format!("--out `{folder}`: web servers are only read from"),
+            hint: "use a folder, s3://, gs:// or az://".to_owned(),
+        });
+    }
+    if folder.local_path().is_none() && args.work_dir.is_none() {
+        return Err(Error::Setting {
+            reason: format!("--out `{folder}` is in an object store, which keeps no journals"),
+            hint: "add --work-dir with a folder on a local disk, the same each time".to_owned(),
+        });
+    }
     // Several outputs may have one work folder.
     let work_folder = match &args.work_dir {
         Some(work_folder) => {
-            let path = std::path::absolute(folder).map_err(Error::io("find", folder))?;
-            Some(work_folder.join(&fingerprint(&path.to_string_lossy())[..16]))
+            let name = match folder.local_path() {
+                Some(path) => {
+                    std::path::absolute(path).map_err(Error::io("find", path))?.to_string_lossy().into_owned()
+                }
+                None => folder.to_string(),
+            };
+            Some(work_folder.join(&fingerprint(&name)[..16]))
         }
         None => None,
     };
     Ok(OutputOptions {
-        folder: folder.to_owned(),
+        folder: folder.clone(),
         format: args.format.into(),
         work_folder,
         settings: fingerprint(&settings["settings"].to_string()),
         sync_interval: Duration::from_secs_f64(args.sync_interval),
         retry_failed: args.retry_failed,
         has_claims: !args.no_claims,
+        claim_timeout: Duration::from_secs_f64(args.claim_timeout),
     })
 }
 
@@ -45,32 +74,33 @@ fn fingerprint(text: &str) -> String {
 }
 
 /// Checks that the output folder, if there is one, belongs to a run with the same settings.
-pub(super) fn check(folder: &Path, settings: &Value, overwrite: bool) -> Result<()> {
-    let path = folder.join(SETTINGS_FILE);
-    if overwrite || !path.is_file() {
+pub(super) fn check(folder: &Location, settings: &Value, overwrite: bool) -> Result<()> {
+    let location = folder.join(SETTINGS_FILE);
+    if overwrite || !location.exists()? {
         return Ok(());
     }
-    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
-    let earlier: Value = serde_json::from_slice(&text).unwrap_or_default();
+    let earlier: Value = serde_json::from_slice(&location.read(MAX_SETTINGS_BYTES)?).unwrap_or_default();
     let differences = differences(&earlier["settings"], &settings["settings"]);
     if differences.is_empty() {
         return Ok(());
     }
-    Err(Error::OtherRun { path: folder.to_owned(), differences: differences.join("; ") })
+    Err(Error::OtherRun { path: folder.to_string().into(), differences: differences.join("; ") })
 }
 
 /// Makes the output folder, empties it if asked to, and notes the settings in it, all of which other processes may be
 /// doing at the same time. The folder is shared with them as long as the lock is held.
 pub(super) fn prepare(options: &OutputOptions, settings: &Value, overwrite: bool) -> Result<Option<OutputLock>> {
-    let folder = &options.folder;
-    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let location = options.folder.join(SETTINGS_FILE);
     if let Some(work_folder) = &options.work_folder {
         std::fs::create_dir_all(work_folder).map_err(Error::io("create", work_folder))?;
     }
-    let path = folder.join(SETTINGS_FILE);
     // Without settings the folder is not a run's: what lies in it is somebody else's.
-    let empty = || if path.is_file() { delete_output(options) } else { Ok(()) };
-    let lock_path = folder.join(LOCK_FILE);
+    let empty = || if location.exists()? { delete_output(options) } else { Ok(()) };
+    // Between machines that share an object store there is no lock, only claims.
+    let lock_folder = options.folder.local_path().unwrap_or_else(|| options.local_folder());
+    std::fs::create_dir_all(lock_folder).map_err(Error::io("create", lock_folder))?;
+    let lock_path = lock_folder.join(LOCK_FILE);
+    let empty = || refuse_claimed(options).and_then(|()| empty());
     let lock = match (options.has_claims, overwrite) {
         (true, true) => Some(OutputLock::share_after(&lock_path, empty)?),
         (true, false) => Some(OutputLock::share(&lock_path, || delete_leftovers(options))?),
@@ -79,48 +109,61 @@ pub(super) fn prepare(options: &OutputOptions, settings: &Value, overwrite: bool
     };
     create_folder(&options.journal_folder())?;
     let text = serde_json::to_vec_pretty(settings).expect("bug: JSON serialises");
-    if path.is_file() || !write_new(&path, &text)? {
-        check(folder, settings, false)?;
+    let is_new = !location.exists()?
+        && match location.local_path() {
+            Some(path) => write_new(path, &text)?,
+            None => location.create_exclusive(text)?.is_some(),
+        };
+    if !is_new {
+        check(&options.folder, settings, false)?;
     }
     Ok(lock)
 }
 
+/// Refuses to empty an output in an object store that a process on another machine may be working in.
+fn refuse_claimed(options: &OutputOptions) -> Result<()> {
+    if options.folder.local_path().is_some() || !options.has_claims {
+        return Ok(());
+    }
+    match options.folder.join("claims").names()?.first() {
+        Some(claim) => Err(Error::Output {
+            path: options.folder.to_string().into(),
+            reason: format!("a process is captioning into it, or was killed: it has `claims/{claim}`"),
+            hint: "when no process is left, delete what lies below claims/".to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// Deletes what runs write: captions, then what was in progress.
 fn delete_output(options: &OutputOptions) -> Result<()> {
-    delete_in(&options.folder, &|path| {
-        let name = path.file_name().unwrap_or_default();
-        is_output_file(path) || name == SUMMARY_FILE
-    })?;
-    let has_extension = |extensions: &'static [&'static str]| {
-        move |path: &Path| path.extension().is_some_and(|found| extensions.iter().any(|extension| found == *extension))
+    let delete = |folder: &Location, is_ours: &dyn Fn(&str) -> bool| -> Result<()> {
+        let names = folder.names()?;
+        names.iter().filter(|name| is_ours(name)).try_for_each(|name| folder.join(name).delete())
     };
-    delete_in(&options.journal_folder(), &has_extension(&["journal", "new"]))?;
-    delete_in(&options.stats_folder(), &has_extension(&["json", "tmp"]))?;
-    delete_in(&options.claim_folder(), &has_extension(&["lock"]))?;
+    delete(&options.folder, &|name| is_output_name(name) || name == SUMMARY_FILE)?;
+    delete(&options.stats_folder(), &|name| name.ends_with(".json") || name.ends_with(".tmp"))?;
+    delete(&Location::Local(options.journal_folder()), &|name| {
+        [".journal", ".new", ".copy"].iter().any(|suffix| name.ends_with(suffix))
+    })?;
+    delete(&Location::Local(options.claim_folder()), &|name| name.ends_with(".lock"))?;
     // Last: until then the folder is still known for a run's.
-    let path = options.folder.join(SETTINGS_FILE);
-    std::fs::remove_file(&path).map_err(Error::io("delete", &path))
+    options.folder.join(SETTINGS_FILE).delete()
 }
 
 /// Deletes files in the making that killed processes left.
 fn delete_leftovers(options: &OutputOptions) -> Result<()> {
-    delete_in(&options.folder, &|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // An object is whole or not there.
+    let names = if options.folder.local_path().is_some() { options.folder.names()? } else { Vec::new() };
+    for name in names {
         let is_ours = ["captions-", SETTINGS_FILE, SUMMARY_FILE].iter().any(|start| name.starts_with(start));
-        is_ours && name.ends_with(".tmp")
-    })?;
-    delete_in(&options.journal_folder(), &|path| path.extension().is_some_and(|extension| extension == "new"))
-}
-
-fn delete_in(folder: &Path, is_ours: &dyn Fn(&Path) -> bool) -> Result<()> {
-    if !folder.is_dir() {
-        return Ok(());
-    }
-    for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
-        let path = entry.map_err(Error::io("read", folder))?.path();
-        if is_ours(&path) && path.is_file() {
-            std::fs::remove_file(&path).map_err(Error::io("delete", &path))?;
+        if is_ours && name.ends_with(".tmp") {
+            options.folder.join(&name).delete()?;
         }
+    }
+    let journals = Location::Local(options.journal_folder());
+    for name in journals.names()?.iter().filter(|name| name.ends_with(".new") || name.ends_with(".copy")) {
+        journals.join(name).delete()?;
     }
     Ok(())
 }

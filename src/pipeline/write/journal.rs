@@ -285,7 +285,10 @@ impl Journal {
     /// # Errors
     /// The disk's.
     pub(crate) fn remove(self) -> Result<()> {
-        std::fs::remove_file(&self.path).map_err(Error::io("delete", &self.path))
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("delete", &self.path)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Puts a journal that was made elsewhere in the place of `path`.

@@ -5,9 +5,10 @@ use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::pipeline::write::AtomicFile;
 use crate::pipeline::write::journal::Entry;
-use crate::pipeline::write::write_atomically;
 use crate::pipeline::write::written_row::WrittenRow;
+use crate::storage::Location;
 
 /// One row as a JSON object, without a newline.
 #[must_use]
@@ -19,14 +20,18 @@ pub fn row_to_json(row: &WrittenRow, with_token_ids: bool) -> String {
     json.to_string()
 }
 
-pub(super) fn write(path: &Path, rows: &mut dyn Iterator<Item = Result<Entry>>, with_token_ids: bool) -> Result<()> {
-    write_atomically(path, |file| {
-        let mut writer = BufWriter::new(file);
-        for entry in rows {
-            writeln!(writer, "{}", row_to_json(&entry?.row, with_token_ids)).map_err(Error::io("write", path))?;
-        }
-        writer.flush().map_err(Error::io("write", path))
-    })
+/// Writes the rows of a shard to `file`, which is to be at `location`.
+pub(super) fn write(
+    file: &mut AtomicFile,
+    location: &Location,
+    rows: &mut dyn Iterator<Item = Result<Entry>>,
+    with_token_ids: bool,
+) -> Result<()> {
+    let mut writer = BufWriter::new(file);
+    for entry in rows {
+        writeln!(writer, "{}", row_to_json(&entry?.row, with_token_ids)).map_err(Error::at("write", location))?;
+    }
+    writer.flush().map_err(Error::at("write", location))
 }
 
 pub(super) fn print(rows: &[WrittenRow], with_token_ids: bool) -> Result<()> {

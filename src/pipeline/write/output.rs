@@ -7,6 +7,11 @@
 //! OUT/claims/{shard}.lock                    held by the process that does the shard
 //! OUT/run.lock                               shared by all runs into the folder
 //! ```
+//!
+//! In an object store there are neither journals nor locks: those lie in the work folder, and beside them claims are objects
+//! (`store_claim.rs`).
+
+mod finished;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,9 +22,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::pipeline::write::claim::Claim;
-use crate::pipeline::write::journal::{Entry, Header, Journal, Replayed, key_hash};
-use crate::pipeline::write::written_row::Counts;
-use crate::pipeline::write::{create_folder, fingerprint, jsonl, parquet, webdataset, write_atomically};
+use crate::pipeline::write::journal::{Header, Journal, Replayed, key_hash};
+use crate::pipeline::write::store_claim::StoreClaims;
+use crate::pipeline::write::{create_folder, fingerprint, jsonl, parquet, webdataset, write_atomically, write_new};
+use crate::storage::Location;
+
+pub(crate) use self::finished::FinishedShard;
 
 /// Format of the files of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,12 +59,13 @@ impl Format {
 
 /// How long a finished row may be lost to a power loss where nobody says.
 const DEFAULT_SYNC_INTERVAL: Duration = Duration::from_secs(5);
+const DEFAULT_CLAIM_TIMEOUT: Duration = Duration::from_secs(150);
 
 /// An output folder and how it is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutputOptions {
-    /// The folder.
-    pub folder: PathBuf,
+    /// The folder, here or in an object store.
+    pub folder: Location,
     /// Format of the files.
     pub format: Format,
     /// Where the journals go, if not into `folder`.
@@ -69,6 +78,8 @@ pub struct OutputOptions {
     pub retry_failed: bool,
     /// Several processes may share the folder.
     pub has_claims: bool,
+    /// Time without a sign of life after which a claim in an object store is nobody's.
+    pub claim_timeout: Duration,
 }
 
 impl OutputOptions {
@@ -76,36 +87,41 @@ impl OutputOptions {
     #[must_use]
     pub fn private(folder: PathBuf) -> Self {
         Self {
-            folder,
+            folder: folder.into(),
             format: Format::Parquet,
             work_folder: None,
             settings: String::new(),
             sync_interval: DEFAULT_SYNC_INTERVAL,
             retry_failed: false,
             has_claims: false,
+            claim_timeout: DEFAULT_CLAIM_TIMEOUT,
         }
+    }
+
+    /// The folder on this machine that holds what is in progress.
+    pub(crate) fn local_folder(&self) -> &Path {
+        let local = self.work_folder.as_deref().or_else(|| self.folder.local_path());
+        local.expect("bug: an output in an object store has a work folder")
     }
 
     /// The folder of the journals.
     pub(crate) fn journal_folder(&self) -> PathBuf {
-        self.work_folder.as_ref().unwrap_or(&self.folder).join("journal")
+        self.local_folder().join("journal")
     }
 
+    /// The folder of the locks: in the output, or, for one in an object store, in the work folder.
     pub(crate) fn claim_folder(&self) -> PathBuf {
-        self.folder.join("claims")
+        self.folder.local_path().unwrap_or_else(|| self.local_folder()).join("claims")
     }
 
-    pub(crate) fn stats_folder(&self) -> PathBuf {
+    pub(crate) fn stats_folder(&self) -> Location {
         self.folder.join("shards")
     }
-}
 
-/// A shard whose file is in the output folder.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct FinishedShard {
-    pub(crate) counts: Counts,
-    /// Tells its input from another of the same name; files of earlier versions may not have it.
-    pub(crate) identity: Option<String>,
+    /// Whether a shard's counts lie beside its file: in an object store reading the file for them would take too long.
+    fn has_stats(&self) -> bool {
+        self.format != Format::Parquet || self.folder.local_path().is_none()
+    }
 }
 
 /// What becomes of a shard that is begun.
@@ -138,6 +154,8 @@ pub(crate) struct Output {
     pub(crate) options: OutputOptions,
     prompt_tokens: usize,
     with_token_ids: bool,
+    /// For an output in an object store, which other machines may share.
+    store_claims: Option<StoreClaims>,
     /// What is known of the shards that are finished.
     finished: Mutex<HashMap<String, FinishedShard>>,
 }
@@ -149,81 +167,39 @@ impl Output {
     /// When the folder or one of its files cannot be read.
     pub(crate) fn open(options: OutputOptions, prompt_tokens: usize, with_token_ids: bool) -> Result<Self> {
         create_folder(&options.journal_folder())?;
-        let output = Self { options, prompt_tokens, with_token_ids, finished: Mutex::default() };
+        let store_claims = match (&options.folder, options.has_claims) {
+            (Location::Object(_), true) => {
+                let owner = owner(options.local_folder())?;
+                Some(StoreClaims::new(options.folder.join("claims"), owner, options.claim_timeout)?)
+            }
+            _ => None,
+        };
+        let output = Self { options, prompt_tokens, with_token_ids, store_claims, finished: Mutex::default() };
         output.count()?;
+        output.delete_old_journals()?;
         Ok(output)
     }
 
+    fn claim_path(&self, shard: &str) -> PathBuf {
+        self.options.claim_folder().join(format!("{shard}.lock"))
+    }
+
     /// The file of `shard`.
-    pub(crate) fn path(&self, shard: &str) -> PathBuf {
+    pub(crate) fn location(&self, shard: &str) -> Location {
         let extension = self.options.format.extension();
-        self.options.folder.join(format!("captions-{shard}.{extension}"))
+        self.options.folder.join(&format!("captions-{shard}.{extension}"))
     }
 
     fn journal_path(&self, shard: &str) -> PathBuf {
         self.options.journal_folder().join(format!("{shard}.journal"))
     }
 
-    fn stats_path(&self, shard: &str) -> PathBuf {
-        self.options.stats_folder().join(format!("{shard}.json"))
+    fn stats_location(&self, shard: &str) -> Location {
+        self.options.stats_folder().join(&format!("{shard}.json"))
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<String, FinishedShard>> {
         self.finished.lock().expect("bug: the lock is never held while panicking")
-    }
-
-    /// Counts the rows of all finished shards, those that other processes finished too.
-    ///
-    /// # Errors
-    /// When the folder or one of its files cannot be read.
-    pub(crate) fn count(&self) -> Result<Counts> {
-        let folder = &self.options.folder;
-        let mut counts = Counts::default();
-        for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
-            let name = entry.map_err(Error::io("read", folder))?.file_name().to_string_lossy().into_owned();
-            let shard =
-                name.strip_prefix("captions-").and_then(|name| name.strip_suffix(self.options.format.extension()));
-            let Some(shard) = shard.and_then(|shard| shard.strip_suffix('.')) else { continue };
-            let known = self.known().get(shard).cloned();
-            let finished = known.map_or_else(|| self.read_finished(shard), Ok)?;
-            counts.add(&finished.counts);
-        }
-        Ok(counts)
-    }
-
-    /// What the file of a finished shard, or what lies beside it, says of it.
-    fn read_finished(&self, shard: &str) -> Result<FinishedShard> {
-        let path = self.path(shard);
-        let finished = match self.options.format {
-            Format::Parquet => parquet::read_finished(&path)?,
-            Format::Jsonl | Format::Webdataset => match std::fs::read(self.stats_path(shard)) {
-                Ok(json) => serde_json::from_slice(&json).map_err(|error| Error::Output {
-                    path: self.stats_path(shard),
-                    reason: format!("it is damaged: {error}"),
-                    hint: "delete it: the shard's file is then read instead".to_owned(),
-                })?,
-                Err(_) => {
-                    let mut counts = Counts::default();
-                    self.read_rows(shard, &mut |entry| {
-                        counts.add_row(&entry.row);
-                        Ok(())
-                    })?;
-                    FinishedShard { counts: counts.with_prompt_tokens(self.prompt_tokens), identity: None }
-                }
-            },
-        };
-        self.known().insert(shard.to_owned(), finished.clone());
-        Ok(finished)
-    }
-
-    /// Reads the rows of a finished shard, in order.
-    fn read_rows(&self, shard: &str, each: &mut dyn FnMut(Entry) -> Result<()>) -> Result<()> {
-        let path = self.path(shard);
-        match self.options.format {
-            Format::Parquet => parquet::read(&path, each),
-            Format::Jsonl => jsonl::read(&path, each),
-            Format::Webdataset => webdataset::read(&path, each),
-        }
     }
 
     /// Begins a shard: finished, another process's, or this one's from here on. `identity` is its input's, where that is
@@ -237,25 +213,29 @@ impl Output {
             return Ok(BegunShard::Finished(finished.clone()));
         }
         let claim = if self.options.has_claims {
-            match Claim::take(&self.options.claim_folder().join(format!("{shard}.lock")))? {
+            match Claim::take(&self.claim_path(shard))? {
                 Some(claim) => Some(claim),
                 None => return Ok(BegunShard::Busy),
             }
         } else {
             None
         };
+        let is_others = match &self.store_claims {
+            Some(claims) => !claims.take(shard)?,
+            None => false,
+        };
+        if is_others {
+            return Ok(BegunShard::Busy);
+        }
         // Only now: another process may have finished it a moment ago.
-        let path = self.path(shard);
-        let replaces = match path.try_exists().map_err(Error::io("read", &path))? {
-            true => Some(self.read_finished(shard)?),
+        let replaces = match self.location(shard).exists()? {
+            true => Some(self.read_finished(shard, None)?),
             false => None,
         };
         if let Some(finished) = replaces.as_ref().filter(|finished| is_final(finished)) {
             // The run that wrote the file may have been killed before it deleted the journal.
             let _ = std::fs::remove_file(self.journal_path(shard));
-            if let Some(claim) = claim {
-                claim.finish();
-            }
+            self.finish_claims(shard, claim);
             return Ok(BegunShard::Finished(finished.clone()));
         }
         if let Some(finished) = &replaces {
@@ -267,6 +247,15 @@ impl Output {
         };
         let open = OpenShard { claim, journal, num_kept: rows.len() };
         Ok(BegunShard::Open(Box::new(open), Kept { rows, replaces }))
+    }
+
+    /// Waits until it is known of the shards that others have whether those are alive, or `is_done` says so. Locks on this
+    /// machine tell that at once.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) fn wait_for_others(&self, is_done: impl FnMut() -> bool) -> Result<()> {
+        self.store_claims.as_ref().map_or(Ok(()), |claims| claims.wait_for_others(is_done))
     }
 
     /// The journal that an earlier run left, or a new one.
@@ -294,7 +283,8 @@ impl Output {
     /// A journal that starts with the good rows of a finished shard.
     fn journal_of_retry(&self, shard: &str, identity: Option<&str>) -> Result<(Journal, HashMap<usize, u64>)> {
         let path = self.journal_path(shard);
-        let replaces = fingerprint(&self.path(shard))?;
+        let copy = self.local_copy(shard)?;
+        let replaces = fingerprint(&copy.path)?;
         match Journal::replay(&path)? {
             Some(replayed) if replayed.header.replaces.as_ref() == Some(&replaces) => {
                 return Ok((replayed.journal, replayed.kept));
@@ -308,7 +298,7 @@ impl Output {
         let mut journal = Journal::create(&temporary, &header)?;
         let mut kept = HashMap::new();
         let mut index = 0;
-        self.read_rows(shard, &mut |entry| {
+        self.read_rows(&copy.path, &mut |entry| {
             if entry.row.is_ok() {
                 journal.append(index, &entry.row, Some(&entry.image))?;
                 kept.insert(index, key_hash(&entry.row.key));
@@ -322,41 +312,60 @@ impl Output {
     /// Writes the file of a shard whose rows are all in the journal, then deletes the journal and the claim.
     ///
     /// # Errors
-    /// The disk's; the journal is then kept.
+    /// The disk's or the store's; the journal is then kept. [`Error::ClaimLost`] when the shard is another process's by now.
     pub(crate) fn commit(&self, shard: &str, open: OpenShard, num_rows: usize, identity: &str) -> Result<()> {
         let OpenShard { claim, mut journal, .. } = open;
-        let path = self.path(shard);
+        let location = self.location(shard);
         let counts = journal.counts().clone().with_prompt_tokens(self.prompt_tokens);
         let finished = FinishedShard { counts, identity: Some(identity.to_owned()) };
+        // A file always has its counts beside it. Those of one that is replaced are deleted first: if the process ends in
+        // between, they are not taken for the new ones', nor the new ones for the old file's.
+        let is_replaced = self.options.has_stats() && location.exists()?;
+        match (self.options.has_stats(), is_replaced) {
+            (true, true) => self.stats_location(shard).delete()?,
+            (true, false) => self.write_stats(shard, &finished)?,
+            (false, _) => {}
+        }
         let rows = &mut (0..num_rows).map(|index| journal.read(index));
-        match self.options.format {
-            Format::Parquet => parquet::write(&path, rows, &finished, self.with_token_ids)?,
-            Format::Jsonl | Format::Webdataset => {
-                let json = serde_json::to_vec(&finished).expect("bug: counts serialise");
-                create_folder(&self.options.stats_folder())?;
-                write_atomically(&self.stats_path(shard), |file| {
-                    std::io::Write::write_all(file, &json).map_err(Error::io("write", &self.stats_path(shard)))
-                })?;
-                match self.options.format {
-                    Format::Jsonl => jsonl::write(&path, rows, self.with_token_ids)?,
-                    _ => webdataset::write(&path, rows)?,
-                }
+        write_atomically(&location, |file| {
+            match self.options.format {
+                Format::Parquet => parquet::write(file, &location, rows, &finished, self.with_token_ids)?,
+                Format::Jsonl => jsonl::write(file, &location, rows, self.with_token_ids)?,
+                Format::Webdataset => webdataset::write(file, &location, rows)?,
             }
+            // As late as can be: all but the last request is done.
+            self.store_claims.as_ref().map_or(Ok(()), |claims| claims.confirm(shard))
+        })?;
+        if is_replaced {
+            self.write_stats(shard, &finished)?;
         }
         self.known().insert(shard.to_owned(), finished);
+        // The journal after the claim: as long as it is there, the next run finds what a kill left of either.
+        if let Some(claims) = &self.store_claims {
+            claims.finish(shard);
+        }
         journal.remove()?;
+        self.finish_claims(shard, claim);
+        Ok(())
+    }
+
+    fn finish_claims(&self, shard: &str, claim: Option<Claim>) {
+        if let Some(claims) = &self.store_claims {
+            claims.finish(shard);
+        }
         if let Some(claim) = claim {
             claim.finish();
         }
-        Ok(())
     }
 
     /// Leaves a shard whose input cannot be read to its end: its rows are not kept.
     ///
     /// # Errors
     /// The disk's.
-    pub(crate) fn abandon(&self, open: OpenShard) -> Result<()> {
-        open.journal.remove()
+    pub(crate) fn abandon(&self, shard: &str, open: OpenShard) -> Result<()> {
+        open.journal.remove()?;
+        self.finish_claims(shard, open.claim);
+        Ok(())
     }
 
     /// Leaves nothing in the folder that a finished output does not need.
@@ -384,9 +393,15 @@ pub(crate) fn other_input(shard: &str) -> Error {
     }
 }
 
+/// A name for a work folder, the same for every process that has it.
+fn owner(work_folder: &Path) -> Result<String> {
+    let path = work_folder.join("owner");
+    write_new(&path, super::unique().as_bytes())?;
+    std::fs::read_to_string(&path).map_err(Error::io("read", &path))
+}
+
 /// Whether a path in an output folder is a shard's file, or was to become one.
-pub(crate) fn is_output_file(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let name = name.strip_suffix(".tmp").unwrap_or(&name);
+pub(crate) fn is_output_name(name: &str) -> bool {
+    let name = name.strip_suffix(".tmp").unwrap_or(name);
     name.starts_with("captions-") && [".parquet", ".jsonl", ".tar"].iter().any(|suffix| name.ends_with(suffix))
 }

@@ -17,19 +17,24 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::error::{Error, Result};
 use crate::model::sequence::FinishReason;
+use crate::pipeline::write::AtomicFile;
 use crate::pipeline::write::journal::Entry;
 use crate::pipeline::write::output::FinishedShard;
-use crate::pipeline::write::write_atomically;
 use crate::pipeline::write::written_row::WrittenRow;
+use crate::storage::Location;
 
 /// Key of the shard's counts and identity in the file's metadata.
 const SHARD_KEY: &str = "recaption.shard";
 
 /// Rows that are turned into columns at a time.
 const ROWS_PER_BATCH: usize = 1024;
+/// A row group is in memory until it is whole: compressed, this much of it.
+const MAX_ROW_GROUP_BYTES: usize = 64 << 20;
 
+/// Writes the rows of a shard to `file`, which is to be at `location`.
 pub(super) fn write(
-    path: &Path,
+    file: &mut AtomicFile,
+    location: &Location,
     rows: &mut dyn Iterator<Item = Result<Entry>>,
     shard: &FinishedShard,
     with_token_ids: bool,
@@ -39,25 +44,27 @@ pub(super) fn write(
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_key_value_metadata(Some(vec![KeyValue::new(SHARD_KEY.to_owned(), shard)]))
         .build();
-    write_atomically(path, |file| {
-        let failed = |source| disk_error("write", path, source);
-        let schema = record_batch(&[], with_token_ids).schema();
-        let mut writer = ArrowWriter::try_new(file, schema, Some(properties)).map_err(failed)?;
-        loop {
-            let batch = rows.take(ROWS_PER_BATCH).map(|entry| Ok(entry?.row)).collect::<Result<Vec<_>>>()?;
-            if batch.is_empty() {
-                break;
-            }
-            writer.write(&record_batch(&batch, with_token_ids)).map_err(failed)?;
+    let failed = |source| disk_error("write", location, source);
+    let schema = record_batch(&[], with_token_ids).schema();
+    let mut writer = ArrowWriter::try_new(file, schema, Some(properties)).map_err(failed)?;
+    loop {
+        let batch = rows.take(ROWS_PER_BATCH).map(|entry| Ok(entry?.row)).collect::<Result<Vec<_>>>()?;
+        if batch.is_empty() {
+            break;
         }
-        writer.close().map(|_| ()).map_err(failed)
-    })
+        writer.write(&record_batch(&batch, with_token_ids)).map_err(failed)?;
+        if writer.in_progress_size() > MAX_ROW_GROUP_BYTES {
+            writer.flush().map_err(failed)?;
+        }
+    }
+    writer.close().map(|_| ()).map_err(failed)
 }
 
 /// Reads the rows of a finished file, in order.
 pub(super) fn read(path: &Path, each: &mut dyn FnMut(Entry) -> Result<()>) -> Result<()> {
+    let location = &Location::from(path);
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let failed = |source| disk_error("read", path, source);
+    let failed = |source| disk_error("read", location, source);
     let reader = SerializedFileReader::new(file).map_err(failed)?;
     for row in reader.get_row_iter(None).map_err(failed)? {
         let json = row.map_err(failed)?.to_json_value();
@@ -70,8 +77,9 @@ pub(super) fn read(path: &Path, each: &mut dyn FnMut(Entry) -> Result<()>) -> Re
 
 /// What a finished file says of its shard, from its metadata.
 pub(super) fn read_finished(path: &Path) -> Result<FinishedShard> {
+    let location = &Location::from(path);
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let reader = SerializedFileReader::new(file).map_err(|source| disk_error("read", path, source))?;
+    let reader = SerializedFileReader::new(file).map_err(|source| disk_error("read", location, source))?;
     let metadata = reader.metadata().file_metadata();
     let shard = metadata
         .key_value_metadata()
@@ -79,18 +87,19 @@ pub(super) fn read_finished(path: &Path) -> Result<FinishedShard> {
         .and_then(|pair| serde_json::from_str(pair.value.as_deref()?).ok());
     shard.ok_or_else(|| {
         let reason = format!("it has no `{SHARD_KEY}`: another program wrote it");
-        disk_error("read", path, ParquetError::General(reason))
+        disk_error("read", location, ParquetError::General(reason))
     })
 }
 
 /// The operating system's error if there is one inside, so that a full disk is told as that.
-fn disk_error(action: &'static str, path: &Path, source: ParquetError) -> Error {
+fn disk_error(action: &'static str, location: &Location, source: ParquetError) -> Error {
+    let failed = |source| Error::Parquet { action, path: location.to_string().into(), source };
     match source {
         ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
-            Ok(error) => Error::io(action, path)(*error),
-            Err(inner) => Error::Parquet { action, path: path.to_owned(), source: ParquetError::External(inner) },
+            Ok(error) => Error::at(action, location)(*error),
+            Err(inner) => failed(ParquetError::External(inner)),
         },
-        source => Error::Parquet { action, path: path.to_owned(), source },
+        source => failed(source),
     }
 }
 

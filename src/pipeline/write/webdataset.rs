@@ -10,37 +10,41 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::pipeline::load;
+use crate::pipeline::write::AtomicFile;
 use crate::pipeline::write::journal::Entry;
-use crate::pipeline::write::write_atomically;
 use crate::pipeline::write::written_row::WrittenRow;
+use crate::storage::Location;
 
 const BUFFER_BYTES: usize = 1 << 20;
 /// Fields of a sidecar that have the name of a column; img2dataset's have a `status`, for instance.
 const SHADOWED: &str = "sidecar";
 
-pub(super) fn write(path: &Path, rows: &mut dyn Iterator<Item = Result<Entry>>) -> Result<()> {
-    write_atomically(path, |file| {
-        let failed = |error| Error::io("write", path)(error);
-        let mut builder = tar::Builder::new(BufWriter::with_capacity(BUFFER_BYTES, file));
-        let mut keys = HashSet::new();
-        for entry in rows {
-            let Entry { row, image } = entry?;
-            let key = member_key(&row.key, &mut keys);
-            let mut add = |extension: &str, bytes: &[u8]| {
-                let mut header = tar::Header::new_gnu();
-                header.set_size(bytes.len() as u64);
-                header.set_mode(0o644);
-                header.set_mtime(0);
-                builder.append_data(&mut header, format!("{key}.{extension}"), bytes).map_err(failed)
-            };
-            if let (true, Some(caption)) = (row.is_ok(), &row.re_caption) {
-                add(load::extension(&image).unwrap_or("bin"), &image)?;
-                add("txt", caption.as_bytes())?;
-            }
-            add("json", json_of(&row).to_string().as_bytes())?;
+/// Writes the rows of a shard to `file`, which is to be at `location`.
+pub(super) fn write(
+    file: &mut AtomicFile,
+    location: &Location,
+    rows: &mut dyn Iterator<Item = Result<Entry>>,
+) -> Result<()> {
+    let failed = |error| Error::at("write", location)(error);
+    let mut builder = tar::Builder::new(BufWriter::with_capacity(BUFFER_BYTES, file));
+    let mut keys = HashSet::new();
+    for entry in rows {
+        let Entry { row, image } = entry?;
+        let key = member_key(&row.key, &mut keys);
+        let mut add = |extension: &str, bytes: &[u8]| {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            header.set_mtime(0);
+            builder.append_data(&mut header, format!("{key}.{extension}"), bytes).map_err(failed)
+        };
+        if let (true, Some(caption)) = (row.is_ok(), &row.re_caption) {
+            add(load::extension(&image).unwrap_or("bin"), &image)?;
+            add("txt", caption.as_bytes())?;
         }
-        builder.into_inner().and_then(|mut writer| writer.flush()).map_err(failed)
-    })
+        add("json", json_of(&row).to_string().as_bytes())?;
+    }
+    builder.into_inner().and_then(|mut writer| writer.flush()).map_err(failed)
 }
 
 /// Reads the rows of a finished file, in order.
