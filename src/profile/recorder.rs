@@ -485,13 +485,13 @@ impl Track {
 }
 
 /// What a thread of this name does.
-fn stages_of(name: &str) -> impl Iterator<Item = Stage> {
+fn stages_of(name: &str) -> Vec<Stage> {
     let kind = name.split('-').next().unwrap_or(name);
     let is_its = move |stage: &Stage| match stage {
         Stage::Vision | Stage::Prefill | Stage::Decode => kind == "engine",
         other => kind == other.name(),
     };
-    Stage::ALL.into_iter().filter(is_its)
+    Stage::ALL.into_iter().filter(is_its).collect()
 }
 
 fn keep<T>(records: &mut Vec<T>, record: T, num_dropped: &mut u64) {
