@@ -5,6 +5,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use crate::profile::recorder::{Records, Span, StageTotals, Track, add_histogram, new_histogram};
+use crate::profile::trace::MIN_WAIT_NS;
 use crate::profile::{Distribution, Profile};
 use crate::stage::Stage;
 
@@ -126,8 +127,7 @@ fn timeline(profile: &Profile, records: &Records) -> Timeline {
         curve(format!("queue before {stage}"), stage.name(), capacity(stage), points, origin_ns)
     });
     let slots = tracks.iter().filter(|track| track.stage(Stage::Decode).is_some()).map(|track| {
-        let steps = track.spans.iter().filter(|span| span.stage == Stage::Decode);
-        let points = steps.map(|span| (span.start_ns, span.work.num_images)).collect();
+        let points = captions_in_flight(track);
         let capacity = profile.settings.engines.first().map(|engine| engine.num_slots);
         curve(format!("captions in flight, {}", track.name), Stage::Decode.name(), capacity, points, origin_ns)
     });
@@ -139,6 +139,22 @@ fn timeline(profile: &Profile, records: &Records) -> Timeline {
     }
 }
 
+/// A prefill adds captions, and a step says how many are left of them.
+fn captions_in_flight(track: &Track) -> Vec<(u64, u32)> {
+    let mut num_active = 0;
+    let mut points = Vec::new();
+    for span in &track.spans {
+        match span.stage {
+            Stage::Prefill => num_active += span.work.num_images,
+            Stage::Decode => num_active = span.work.num_images,
+            _ => continue,
+        }
+        points.push((if span.stage == Stage::Prefill { span.end_ns } else { span.start_ns }, num_active));
+    }
+    points.extend(track.spans.last().map(|span| (span.end_ns, 0)));
+    points
+}
+
 fn first_stage(track: &Track) -> usize {
     Stage::ALL.into_iter().position(|stage| track.stage(stage).is_some()).unwrap_or(Stage::ALL.len())
 }
@@ -147,7 +163,8 @@ fn slices(track: &Track, origin_ns: u64) -> impl Iterator<Item = Slice> {
     track.spans.iter().flat_map(move |span| {
         let start_ns = span.start_ns - origin_ns;
         let wait = |kind, start_ns, duration_ns| {
-            (duration_ns > 0).then(|| Slice(kind, microseconds(start_ns), microseconds(duration_ns), 1, 0, 0))
+            (duration_ns >= MIN_WAIT_NS)
+                .then(|| Slice(kind, microseconds(start_ns), microseconds(duration_ns), 1, 0, 0))
         };
         let work = span.work;
         let (images, tokens) = (work.num_images.into(), work.num_tokens.into());
