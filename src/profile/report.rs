@@ -4,7 +4,7 @@
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::profile::recorder::{Records, Span, StageTotals, Track, add_histogram, new_histogram};
+use crate::profile::recorder::{CaptionTimes, Records, Span, StageTotals, Track, add_histogram, new_histogram};
 use crate::profile::trace::MIN_WAIT_NS;
 use crate::profile::{Distribution, Profile};
 use crate::stage::Stage;
@@ -139,20 +139,32 @@ fn timeline(profile: &Profile, records: &Records) -> Timeline {
     }
 }
 
-/// A prefill adds captions, and a step says how many are left of them.
+/// A prefill adds captions, ended ones go, and a step says how many are there.
 fn captions_in_flight(track: &Track) -> Vec<(u64, u32)> {
-    let mut num_active = 0;
-    let mut points = Vec::new();
-    for span in &track.spans {
-        match span.stage {
-            Stage::Prefill => num_active += span.work.num_images,
-            Stage::Decode => num_active = span.work.num_images,
-            _ => continue,
-        }
-        points.push((if span.stage == Stage::Prefill { span.end_ns } else { span.start_ns }, num_active));
+    enum Change {
+        Begin(u32),
+        End,
+        Are(u32),
     }
-    points.extend(track.spans.last().map(|span| (span.end_ns, 0)));
-    points
+    let of_span = |span: &Span| match span.stage {
+        Stage::Prefill => Some((span.end_ns, Change::Begin(span.work.num_images))),
+        Stage::Decode => Some((span.start_ns, Change::Are(span.work.num_images))),
+        _ => None,
+    };
+    let of_caption = |times: &CaptionTimes| (times.last_token_ns, Change::End);
+    let mut changes: Vec<_> = track.spans.iter().filter_map(of_span).collect();
+    changes.extend(track.captions.iter().map(of_caption));
+    changes.sort_by_key(|&(moment, _)| moment);
+    let mut num_active: u32 = 0;
+    let points = changes.into_iter().map(|(moment, change)| {
+        num_active = match change {
+            Change::Begin(count) => num_active + count,
+            Change::End => num_active.saturating_sub(1),
+            Change::Are(count) => count,
+        };
+        (moment, num_active)
+    });
+    points.collect()
 }
 
 fn first_stage(track: &Track) -> usize {

@@ -175,7 +175,7 @@ fn the_report_loads_nothing_and_names_cannot_break_it() {
     let name = "</script><img src=x onerror=alert(1)>&\"'{{data}}";
     edit_json(&bundle.join("manifest.json"), |manifest| manifest["source"]["name"] = name.into());
     let Profiled { folder, profile, .. } =
-        profile(&bundle, &[&demo_shard()], &["--no-peaks", "--limit", "4", "--max-new-tokens", "5"], 0);
+        profile(&bundle, &[&demo_shard()], &["--no-peaks", "--limit", "4", "--slots", "2", "--max-new-tokens", "5"], 0);
     assert_eq!(profile.bundle.name, name);
     let report = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
     // A namespace is a name, not an address.
@@ -190,6 +190,16 @@ fn the_report_loads_nothing_and_names_cannot_break_it() {
     let data: Value = serde_json::from_str(data.split_once("</script>").unwrap().0).unwrap();
     assert_eq!(data["profile"]["bundle"]["name"], name);
     assert_eq!(data["profile"], read_json(&folder.path().join("profile.json")));
+    let num_slots = profile.settings.engines[0].num_slots;
+    for curve in data["timeline"]["slots"].as_array().unwrap() {
+        let points = curve["points"].as_array().unwrap();
+        let values: Vec<f64> = points.iter().map(|point| point[1].as_f64().unwrap()).collect();
+        assert!(
+            values.iter().all(|&value| value <= num_slots as f64) && values.contains(&(num_slots as f64)),
+            "{curve}"
+        );
+        assert_eq!(values.last(), Some(&0.0), "{curve}");
+    }
     let histograms = data["histograms"].as_array().unwrap();
     for histogram in histograms {
         let bins = histogram["bins"].as_array().unwrap();
