@@ -1,5 +1,3 @@
 #![no_main]
-#[allow(dead_code)]
-#[path = "../src/export.rs"]
-mod export;
-libfuzzer_sys::fuzz_target!(|data: &[u8]| export::checkpoint(data));
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| recaption_fuzz::export::checkpoint(data));

@@ -1,4 +1,3 @@
 #![no_main]
-#[path = "../src/kernels.rs"]
-mod kernels;
-libfuzzer_sys::fuzz_target!(|data: &[u8]| kernels::kernels(data));
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| recaption_fuzz::kernels::kernels(data));

@@ -3,7 +3,7 @@
     scripts/profile/check.py BUNDLE INPUT... [flags of `recaption profile`]
 
 Each round runs `profile` with recording and without, in turns, else alike. Prints, in Markdown: the wall
-time of the process beside what the profile says of itself, each engine's wall time beside the sum of its
+time of the process beside what the profile says of itself, each thread's wall time beside the sum of its
 parts, and the processor time with recording over that without, pair by pair.
 """
 
@@ -23,6 +23,12 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+# What a thread's time is spent on beside its stages.
+PARTS = {
+    "waiting": "waited_seconds",
+    "room": "blocked_seconds",
+    "scheduling": "scheduling_seconds",
+}
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
@@ -48,22 +54,30 @@ def describe(profile: Record, wall: float) -> list[str]:
     """What the profile says beside the outside clock."""
     totals = profile["run"]
     inside = totals["load_seconds"] + totals["wall_seconds"]
-    busy = {track["name"]: track for track in profile["tracks"] if track["name"].startswith("engine")}
     lines = [
         f"- process {wall:.3f} s from outside; load and run {inside:.3f} s by the profile,"
         f" {inside / wall:.1%} of it (the rest: process start, reading the graphs, writing the files)",
         f"- {totals['images']} images, {totals['images_per_second']:.3f} images/s by the profile",
         f"- processor time of the run {totals['cpu_seconds']:.2f} s",
     ]
-    for name, track in busy.items():
-        parts = {**track["stages"], "waiting": track["waited_seconds"], "room": track["blocked_seconds"]}
-        total = sum(parts.values())
-        shares = ", ".join(f"{part} {seconds / track['wall_seconds']:.2%}" for part, seconds in parts.items())
-        share, of_run = total / track["wall_seconds"], track["wall_seconds"] / totals["wall_seconds"]
-        lines.append(
-            f"- {name}: {shares}; sum {share:.3%} of its wall time, which is {of_run:.2%} of the run's"
-        )
-    return lines
+    lines += [
+        "",
+        "| thread | wall s | of the run | parts | their sum |",
+        "|---|---:|---:|---|---:|",
+    ]
+    for track in profile["tracks"]:
+        wall_seconds = track["wall_seconds"]
+        parts = {**track["stages"], **{what: track[field] for what, field in PARTS.items()}}
+        shown = [f"{part} {seconds / wall_seconds:.2%}" for part, seconds in parts.items()]
+        row = [
+            track["name"],
+            f"{wall_seconds:.3f}",
+            f"{wall_seconds / totals['wall_seconds']:.2%}",
+            ", ".join(shown),
+            f"{sum(parts.values()) / wall_seconds:.3%}",
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return [*lines, ""]
 
 
 def main() -> None:

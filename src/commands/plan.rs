@@ -63,6 +63,8 @@ fn question(args: &PlanArgs) -> Result<Question> {
         price_per_hour: args.price_per_hour,
         preprocessing: assumptions::PREPROCESSING.range,
         num_cores: args.cores,
+        seconds_per_caption: 0.0,
+        seconds_per_run: 0.0,
         model,
         device,
     })
@@ -90,6 +92,8 @@ fn scaled(args: &PlanArgs, path: &Path) -> Result<Question> {
         (true, true) => 2.0 * OTHER_SPREAD,
     };
     let preprocessing = scaled.seconds_per_image;
+    let new_tokens = scaled_lengths(&scaled.lengths, args.new_tokens.unwrap_or(scaled.new_tokens), args.max_new_tokens);
+    let longest = new_tokens.iter().copied().max().unwrap_or(0);
     Ok(Question {
         practices: [1.0 - spread, 1.0, 1.0 + spread].map(|speed| scaled.practice.faster(speed)),
         basis: Basis::Profile {
@@ -106,13 +110,15 @@ fn scaled(args: &PlanArgs, path: &Path) -> Result<Question> {
         memory_utilization: args.gpu_memory_utilization,
         prompt_tokens: args.prompt_tokens.map_or(scaled.prompt_tokens, |tokens| tokens as usize),
         shared_prompt_tokens: if model.target == Target::Cpu { scaled.shared_prompt_tokens } else { 0 },
-        new_tokens: lengths(args.new_tokens.unwrap_or(scaled.new_tokens)),
-        max_new_tokens: max_new_tokens(args, scaled.max_new_tokens as u32, scaled.new_tokens),
+        new_tokens,
+        max_new_tokens: max_new_tokens(args, scaled.max_new_tokens as u32, scaled.new_tokens).max(longest),
         num_images: args.images,
         price_per_hour: args.price_per_hour,
         preprocessing: Range { low: preprocessing, likely: preprocessing, high: preprocessing },
         // Elsewhere there are enough, unless the user says.
         num_cores: args.cores.or((!is_elsewhere).then_some(scaled.num_cores)),
+        seconds_per_caption: scaled.seconds_per_caption,
+        seconds_per_run: scaled.seconds_per_run,
         model,
         device,
     })
@@ -192,6 +198,26 @@ fn lengths(mean: f64) -> Vec<usize> {
     }
 }
 
+/// Lengths as they were measured, stretched to the mean that is asked for: captions that end at different times leave their slots
+/// one by one. Without measured ones all are about alike.
+fn scaled_lengths(measured: &[usize], mean: f64, max: Option<u32>) -> Vec<usize> {
+    let sum: usize = measured.iter().sum();
+    if sum == 0 {
+        return lengths(mean);
+    }
+    let stretch = mean * measured.len() as f64 / sum as f64;
+    let max = max.map_or(usize::MAX, |max| max as usize);
+    let (mut exact, mut whole) = (0.0, 0);
+    // What rounding takes from one length it gives to the next, so that the mean stays.
+    let stretched = measured.iter().map(|&length| {
+        exact += length as f64 * stretch;
+        let rounded = ((exact - whole as f64).round().max(1.0) as usize).min(max);
+        whole += rounded;
+        rounded
+    });
+    stretched.collect()
+}
+
 /// As `range` goes from slow to fast, a text for each.
 fn texts(range: Range, format: impl Fn(f64) -> String) -> [String; 3] {
     range.values().map(format)
@@ -209,5 +235,15 @@ mod tests {
             let found = lengths.iter().sum::<usize>() as f64 / lengths.len() as f64;
             assert!((found - mean).abs() < 1e-9, "{mean}: {lengths:?}");
         }
+    }
+
+    #[test]
+    fn measured_lengths_are_stretched_to_the_mean_and_keep_their_spread() {
+        assert_eq!(scaled_lengths(&[10, 20, 30], 20.0, None), [10, 20, 30]);
+        assert_eq!(scaled_lengths(&[10, 20, 30], 40.0, None), [20, 40, 60]);
+        assert_eq!(scaled_lengths(&[10, 20, 30], 40.0, Some(50)), [20, 40, 50]);
+        assert_eq!(scaled_lengths(&[], 7.0, None), [7]);
+        let odd = scaled_lengths(&[5, 9, 7, 33, 1], 7.3, None);
+        assert!((odd.iter().sum::<usize>() as f64 - 5.0 * 7.3).abs() <= 1.0 && odd[3] > odd[1], "{odd:?}");
     }
 }

@@ -294,6 +294,7 @@ pub(crate) fn run(
 ) -> Result<()> {
     let outcome = catch_unwind(AssertUnwindSafe(|| caption(&mut *captioner, channels, &mut returns)));
     if matches!(outcome, Ok(Ok(()))) {
+        recorder::scheduling(|| drop(captioner));
         return Ok(());
     }
     let are_others_left = returns.leave();
@@ -329,7 +330,7 @@ fn caption(captioner: &mut dyn Captioner, channels: &EngineChannels<'_>, returns
         if channels.abort.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let mut images = next_batch(captioner, &channels.images, returns);
+        let mut images = recorder::waiting(|| next_batch(captioner, &channels.images, returns));
         if images.is_empty() && captioner.num_active() == 0 {
             return Ok(());
         }
@@ -340,7 +341,7 @@ fn caption(captioner: &mut dyn Captioner, channels: &EngineChannels<'_>, returns
             if channels.abort.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            images = next_batch(captioner, &channels.images, returns);
+            images = recorder::waiting(|| next_batch(captioner, &channels.images, returns));
         }
         if captioner.num_active() > 0 {
             channels.enter(Stage::Decode);
@@ -367,15 +368,13 @@ fn next_batch(
         let must_wait = batch.is_empty() && captioner.num_active() == 0;
         match images.try_recv() {
             Ok(image) => batch.push(image),
-            Err(TryRecvError::Empty) if must_wait => batch.extend(recorder::waiting(|| {
-                select! {
-                    recv(images) -> image => image.ok(),
-                    recv(returns.receiver()) -> returned => returned.map(|returned| returns.accept(returned)).ok(),
-                }
-            })),
+            Err(TryRecvError::Empty) if must_wait => batch.extend(select! {
+                recv(images) -> image => image.ok(),
+                recv(returns.receiver()) -> returned => returned.map(|returned| returns.accept(returned)).ok(),
+            }),
             Err(TryRecvError::Empty) => break,
             Err(TryRecvError::Disconnected) => {
-                batch.extend(if must_wait { recorder::waiting(|| returns.wait()) } else { None });
+                batch.extend(if must_wait { returns.wait() } else { None });
                 break;
             }
         }
@@ -386,9 +385,10 @@ fn next_batch(
 }
 
 fn send_finished(captioner: &mut dyn Captioner, stage: Stage, channels: &EngineChannels<'_>) -> Result<()> {
-    for sequence in captioner.take_finished()? {
+    for sequence in recorder::scheduling(|| captioner.take_finished())? {
+        let message = recorder::scheduling(|| row(sequence, stage).into());
         // A closed channel means that the write stage failed; the abort flag ends this stage.
-        let _ = recorder::send(&channels.rows, row(sequence, stage).into());
+        let _ = recorder::send(&channels.rows, message);
     }
     Ok(())
 }

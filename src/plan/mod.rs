@@ -60,6 +60,10 @@ pub struct Question {
     pub preprocessing: Range,
     /// Cores that each device has for that; enough where nobody says.
     pub num_cores: Option<f64>,
+    /// Seconds of an engine's thread for each caption beside its batches, where it was measured.
+    pub seconds_per_caption: f64,
+    /// Seconds of a run before engines begin and after they end, where it was measured.
+    pub seconds_per_run: f64,
 }
 
 /// What a plan is built on.
@@ -226,6 +230,8 @@ impl Question {
                 seconds_per_ready_image: self
                     .num_cores
                     .map_or(0.0, |cores| self.preprocessing.values()[i] / cores.max(1e-9)),
+                seconds_per_caption: self.seconds_per_caption,
+                seconds_per_run: self.seconds_per_run,
             })
             .collect();
         let steady: Vec<_> = workloads.iter().map(Workload::steady).collect();

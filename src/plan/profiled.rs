@@ -7,7 +7,7 @@ use crate::plan::device::Device;
 use crate::plan::measured::{Sample, fit};
 use crate::plan::model::{Form, Model};
 use crate::plan::roofline::{Costs, EnginePractice, Ideal};
-use crate::profile::{BatchGroup, Profile};
+use crate::profile::{BatchGroup, Profile, TrackProfile, is_engine};
 use crate::stage::Stage;
 
 /// What a profile says about the question.
@@ -30,6 +30,12 @@ pub struct Scaled {
     pub shared_prompt_tokens: usize,
     /// Mean new tokens of a caption.
     pub new_tokens: f64,
+    /// New tokens of captions in the order they began; empty where the profile does not say.
+    pub lengths: Vec<usize>,
+    /// Seconds of an engine's thread for each caption beside its batches.
+    pub seconds_per_caption: f64,
+    /// Seconds of the run before engines began and after they ended.
+    pub seconds_per_run: f64,
     /// Most new tokens.
     pub max_new_tokens: usize,
     /// Seconds of one core to load and preprocess an image.
@@ -90,6 +96,10 @@ pub fn scale(profile: &Profile, against_datasheet: bool) -> Result<Scaled> {
     });
     // Each of the two has as many threads, and the slower one sets the pace.
     let num_cores = settings.num_load_threads as f64 * (load + preprocess) / load.max(preprocess).max(1e-9);
+    let engines: Vec<&TrackProfile> = profile.tracks.iter().filter(|track| is_engine(track)).collect();
+    let beside =
+        |track: &&TrackProfile| track.blocked_seconds + track.scheduling_seconds + track.other_seconds.max(0.0);
+    let longest = engines.iter().map(|track| track.wall_seconds).fold(0.0, f64::max);
     Ok(Scaled {
         practice,
         num_engines,
@@ -98,6 +108,9 @@ pub fn scale(profile: &Profile, against_datasheet: bool) -> Result<Scaled> {
         prompt_tokens: prompt.saturating_sub(model.vision.num_image_tokens),
         shared_prompt_tokens: shared,
         new_tokens: profile.run.new_tokens as f64 / profile.run.ok as f64,
+        lengths: profile.caption_lengths.iter().map(|&length| length as usize).collect(),
+        seconds_per_caption: engines.iter().map(beside).sum::<f64>() / profile.run.ok as f64,
+        seconds_per_run: (profile.run.wall_seconds - longest).max(0.0),
         max_new_tokens: settings.max_new_tokens,
         seconds_per_image: load + preprocess,
         num_cores: num_cores.max(1e-3),

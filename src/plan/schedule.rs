@@ -1,5 +1,5 @@
-//! A run in miniature: engines that take images from one queue, as `pipeline/engine.rs` does (all free slots are filled before a
-//! step), with given times for their batches. Gives the time of a run of any length, its first and last captions included, when
+//! A run in miniature: engines that take images from one queue, a batch at a time, as `pipeline/engine.rs` does (all free slots are
+//! filled before a step), with given times for their batches. Gives the time of a run of any length, its first and last captions included, when
 //! slots are not full.
 
 use crate::plan::roofline::{Costs, EnginePractice};
@@ -23,6 +23,10 @@ pub struct Workload<'a> {
     pub new_tokens: Vec<usize>,
     /// Seconds between two images that become ready for the engines; 0 when they always are.
     pub seconds_per_ready_image: f64,
+    /// Seconds of an engine's thread for each caption beside its batches.
+    pub seconds_per_caption: f64,
+    /// Seconds of a run before its first batch and after its last.
+    pub seconds_per_run: f64,
 }
 
 /// What a run took.
@@ -34,7 +38,7 @@ pub struct Timeline {
     pub vision: f64,
     /// In prefill.
     pub prefill: f64,
-    /// In decode.
+    /// In decode, and in what follows when a caption ends.
     pub decode: f64,
     /// Waiting for images, while others were still to come or to be captioned.
     pub idle: f64,
@@ -68,8 +72,9 @@ impl Workload<'_> {
             .filter(|engine| next_image < num_images || !engine.active.is_empty())
             .min_by(|a, b| a.clock.total_cmp(&b.clock))
         {
-            self.fill(engine, &mut next_image, num_images, &mut timeline);
-            self.step(engine, &mut timeline);
+            if !self.start(engine, &mut next_image, num_images, &mut timeline) {
+                self.step(engine, &mut timeline);
+            }
         }
         timeline.seconds = engines.iter().map(|engine| engine.clock).fold(0.0, f64::max);
         timeline.idle = timeline.seconds * engines.len() as f64 - timeline.vision - timeline.prefill - timeline.decode;
@@ -99,40 +104,41 @@ impl Workload<'_> {
     pub fn seconds(&self, num_images: f64) -> f64 {
         let (steady_images, steady) = self.steady();
         if num_images <= 2.0 * steady_images as f64 {
-            return self.simulate(num_images as usize).seconds;
+            return self.seconds_per_run + self.simulate(num_images as usize).seconds;
         }
         let beginning = self.simulate(steady_images).seconds;
-        beginning + (num_images - steady_images as f64) * steady.seconds / steady_images as f64
+        self.seconds_per_run + beginning + (num_images - steady_images as f64) * steady.seconds / steady_images as f64
     }
 
-    /// Encodes and prefills images until the slots are full or none is ready.
-    fn fill(&self, engine: &mut Engine, next_image: &mut usize, num_images: usize, timeline: &mut Timeline) {
-        loop {
-            let num_free = (self.num_slots - engine.active.len()).min(self.vision_batch).min(num_images - *next_image);
-            if num_free == 0 {
-                return;
-            }
-            let ready_at = |image: usize| (image + 1) as f64 * self.seconds_per_ready_image;
-            if engine.active.is_empty() {
-                engine.clock = engine.clock.max(ready_at(*next_image));
-            }
-            let batch = (0..num_free).take_while(|i| ready_at(*next_image + i) <= engine.clock).count();
-            if batch == 0 {
-                return;
-            }
-            let vision = self.practice.vision.seconds(self.costs.vision(batch as f64));
-            let prefill = self.practice.prefill.seconds(self.costs.prefill(batch as f64));
-            engine.clock += vision + prefill;
-            timeline.vision += vision;
-            timeline.prefill += prefill;
-            for image in *next_image..*next_image + batch {
-                // Prefill gives the first.
-                let left = self.new_tokens[image % self.new_tokens.len()].saturating_sub(1);
-                engine.active.push((self.prompt, left));
-            }
-            *next_image += batch;
-            engine.active.retain(|&(_, left)| left > 0);
+    /// Encodes and prefills a batch, if a slot is free and an image ready.
+    fn start(&self, engine: &mut Engine, next_image: &mut usize, num_images: usize, timeline: &mut Timeline) -> bool {
+        let num_free = (self.num_slots - engine.active.len()).min(self.vision_batch).min(num_images - *next_image);
+        if num_free == 0 {
+            return false;
         }
+        let ready_at = |image: usize| (image + 1) as f64 * self.seconds_per_ready_image;
+        if engine.active.is_empty() {
+            engine.clock = engine.clock.max(ready_at(*next_image));
+        }
+        let batch = (0..num_free).take_while(|i| ready_at(*next_image + i) <= engine.clock).count();
+        if batch == 0 {
+            return false;
+        }
+        let vision = self.practice.vision.seconds(self.costs.vision(batch as f64));
+        let prefill = self.practice.prefill.seconds(self.costs.prefill(batch as f64));
+        let beside = batch as f64 * self.seconds_per_caption;
+        engine.clock += vision + prefill + beside;
+        timeline.vision += vision;
+        timeline.prefill += prefill;
+        timeline.decode += beside;
+        for image in *next_image..*next_image + batch {
+            // Prefill gives the first.
+            let left = self.new_tokens[image % self.new_tokens.len()].saturating_sub(1);
+            engine.active.push((self.prompt, left));
+        }
+        *next_image += batch;
+        engine.active.retain(|&(_, left)| left > 0);
+        true
     }
 
     fn step(&self, engine: &mut Engine, timeline: &mut Timeline) {
@@ -179,6 +185,8 @@ mod tests {
             prompt: 616,
             new_tokens: vec![3],
             seconds_per_ready_image: 0.0,
+            seconds_per_caption: 0.0,
+            seconds_per_run: 0.0,
         });
     }
 
@@ -210,6 +218,19 @@ mod tests {
             assert!((16.0..16.2).contains(&timeline.seconds) && timeline.idle > 15.0, "{timeline:?}");
             let (num_images, steady) = starved.steady();
             assert!((steady.seconds / num_images as f64 - 1.0).abs() < 0.01);
+        });
+    }
+
+    /// Two engines with room for all eight images: each takes half of them, since a batch takes as long in either.
+    #[test]
+    fn engines_take_turns_and_what_is_beside_their_batches_counts() {
+        with_workload(|workload| {
+            let workload = Workload { num_engines: 2, num_slots: 8, ..workload };
+            let shared = workload.seconds(8.0);
+            let alone = Workload { num_engines: 1, ..workload.clone() }.seconds(4.0);
+            assert!((shared / alone - 1.0).abs() < 1e-9, "{shared} {alone}");
+            let slower = Workload { seconds_per_caption: 0.5, seconds_per_run: 3.0, ..workload };
+            assert!((slower.seconds(8.0) - shared - 4.0 * 0.5 - 3.0).abs() < 1e-9);
         });
     }
 

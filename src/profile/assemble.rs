@@ -142,6 +142,7 @@ pub fn assemble(
         tracks,
         queues,
         captions,
+        caption_lengths: caption_lengths(&records.tracks),
         peaks,
         utilisation,
         operators: None,
@@ -209,13 +210,14 @@ fn track_profile(track: &Track) -> TrackProfile {
     let wall_ns = track.ended_ns - track.started_ns;
     let waited_ns = sum(|totals| totals.waited_ns) + track.waited_at_end_ns;
     let blocked_ns = sum(|totals| totals.blocked_ns);
-    let accounted_ns = sum(|totals| totals.service_ns) + waited_ns + blocked_ns;
+    let accounted_ns = sum(|totals| totals.service_ns) + waited_ns + blocked_ns + track.scheduling_ns;
     TrackProfile {
         name: track.name.clone(),
         wall_seconds: seconds(wall_ns),
         stages: of_stages().map(|(stage, totals)| (stage.name().to_owned(), seconds(totals.service_ns))).collect(),
         waited_seconds: seconds(waited_ns),
         blocked_seconds: seconds(blocked_ns),
+        scheduling_seconds: seconds(track.scheduling_ns),
         other_seconds: (wall_ns as f64 - accounted_ns as f64) / 1e9,
         cpu_seconds: track.cpu_ns.map(seconds),
     }
@@ -246,6 +248,16 @@ fn captions(tracks: &[Track]) -> CaptionProfile {
         ttft_in_engine: Distribution::of(&ttft_in_engine),
         tpot: Distribution::of(&tpot),
     }
+}
+
+/// Captions whose lengths a profile keeps.
+const MAX_LENGTHS: usize = 256;
+
+fn caption_lengths(tracks: &[Track]) -> Vec<u32> {
+    let mut captions: Vec<_> = tracks.iter().flat_map(|track| &track.captions).collect();
+    captions.sort_by_key(|times| times.taken_ns);
+    let num_kept = captions.len().min(MAX_LENGTHS);
+    (0..num_kept).map(|i| captions[i * captions.len() / num_kept].num_tokens).collect()
 }
 
 fn run_totals(

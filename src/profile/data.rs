@@ -44,6 +44,10 @@ pub struct Profile {
     pub queues: Vec<QueueProfile>,
     /// How long captions took.
     pub captions: CaptionProfile,
+    /// New tokens of captions, the stop token counted, in the order that engines took their images; of many captions some,
+    /// evenly picked.
+    #[serde(default)]
+    pub caption_lengths: Vec<u32>,
     /// How full slots and batches were.
     pub occupancy: Occupancy,
     /// What limited the run.
@@ -245,11 +249,14 @@ pub struct TrackProfile {
     pub wall_seconds: f64,
     /// Time in each stage.
     pub stages: BTreeMap<String, f64>,
-    /// Time waiting for input.
+    /// Time waiting for input: from asking its queue until it has something, or knows that there is nothing.
     pub waited_seconds: f64,
-    /// Time waiting for room in the next queue.
+    /// Time waiting for room in the next queue: from giving something to its being there.
     pub blocked_seconds: f64,
-    /// The rest: what no span accounts for.
+    /// Time for what is neither: taking captions out of their slots, making rows, beginning and ending.
+    #[serde(default)]
+    pub scheduling_seconds: f64,
+    /// What nothing accounts for: wall time less all of the above.
     pub other_seconds: f64,
     /// Time that this thread itself was running.
     pub cpu_seconds: Option<f64>,

@@ -13,6 +13,7 @@ mod report;
 mod trace;
 pub mod utilisation;
 
+pub(crate) use assemble::is_engine;
 pub use assemble::{Setup, assemble};
 pub use data::*;
 pub use report::render_report;

@@ -18,7 +18,7 @@ use crate::profile::{OperatorProfile, RegionProfile};
 /// Graphs by their files' names.
 const GRAPHS: [&str; 3] = ["vision_tower", "projector", "decoder"];
 /// Words in a node's name, and the part of the model they stand for; the first that is found counts.
-const REGIONS: [(&str, &str); 16] = [
+const REGIONS: [(&str, &str); 17] = [
     ("norm", "norms"),
     ("self_attn", "attention"),
     ("attention", "attention"),
@@ -35,6 +35,7 @@ const REGIONS: [(&str, &str); 16] = [
     ("projector", "projector"),
     ("linear", "projector"),
     ("/last", "logits"),
+    ("/next", "logits"),
 ];
 
 /// Sums all profiles in `folder`.

@@ -1,15 +1,18 @@
 //! Recorder: what the stages did, and when. Each thread of the pipeline fills a track of its own and hands it in when it
 //! ends, so that nothing is locked or shared while a stage works.
 //!
+//! A thread is in a batch, at a queue (waiting for input or for room, from asking to having), or between the two: scheduling.
+//! Within a batch nothing else is counted, so that no moment counts twice.
+//!
 //! The functions here do nothing on a thread without a track, at the price of a look at one thread-local flag. With one they
-//! cost two readings of the monotonic clock for each batch. Sums and histograms are exact whatever the length of the run; of
-//! single spans a track keeps `MAX_SPANS` and counts the others.
+//! cost two readings of the monotonic clock for each batch and each turn at a queue. Sums and histograms are exact whatever the
+//! length of the run; of single spans a track keeps `MAX_SPANS` and counts the others.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, SendError, Sender, TryRecvError, TrySendError};
+use crossbeam::channel::{Receiver, RecvTimeoutError, SendError, Sender};
 use hdrhistogram::Histogram;
 
 use crate::error::Result;
@@ -252,6 +255,8 @@ pub struct Track {
     pub num_dropped: u64,
     /// Time the thread waited for input after its last batch.
     pub waited_at_end_ns: u64,
+    /// Time between batches and queues that was the thread's own, and of a batch that had begun when it ended.
+    pub scheduling_ns: u64,
     /// Time to first token of all captions.
     pub ttft: Histogram<u64>,
     /// The same from when an engine took the image.
@@ -265,6 +270,8 @@ pub struct Track {
     /// Left in the input queue when it was last looked at.
     pending_depth: u32,
     last_stage: Option<Stage>,
+    /// When the batch that it is in began.
+    in_batch_since: Option<Moment>,
     cpu_at_start: Option<u64>,
 }
 
@@ -377,15 +384,16 @@ pub(crate) fn add_histogram(histogram: &mut Histogram<u64>, other: &Histogram<u6
 
 impl Track {
     fn new(recorder: Arc<Recorder>, name: String) -> Self {
-        Self {
+        let mut track = Self {
             name,
-            started_ns: recorder.now(),
+            started_ns: 0,
             ended_ns: 0,
             cpu_ns: None,
             spans: Vec::new(),
             captions: Vec::new(),
             num_dropped: 0,
             waited_at_end_ns: 0,
+            scheduling_ns: 0,
             ttft: new_histogram(),
             ttft_in_engine: new_histogram(),
             tpot: new_histogram(),
@@ -394,13 +402,22 @@ impl Track {
             pending_wait_ns: 0,
             pending_depth: 0,
             last_stage: None,
+            in_batch_since: None,
             cpu_at_start: host::thread_cpu_ns(),
+        };
+        // Histograms take a millisecond, which is none of the thread's.
+        for stage in stages_of(&track.name) {
+            track.totals(stage);
         }
+        track.started_ns = track.now();
+        track
     }
 
     fn end(&mut self) {
         self.ended_ns = self.now();
         self.waited_at_end_ns = std::mem::take(&mut self.pending_wait_ns);
+        // The source goes on to the end of its input in a batch that no image ends.
+        self.scheduling_ns += self.in_batch_since.take().map_or(0, |begin_ns| self.ended_ns - begin_ns);
         self.cpu_ns = host::thread_cpu_ns().zip(self.cpu_at_start).map(|(end, start)| end.saturating_sub(start));
     }
 
@@ -423,6 +440,7 @@ impl Track {
         let span = Span { stage, start_ns, end_ns: self.now(), waited_ns, blocked_ns: 0, work, queue_depth };
         self.totals(stage).record(&span);
         self.last_stage = Some(stage);
+        self.in_batch_since = None;
         if let Some(observer) = &self.recorder.observer {
             observer.span(&span);
         }
@@ -431,8 +449,16 @@ impl Track {
         }
     }
 
+    /// What has gone by since `begin_ns`, unless a batch has it.
+    fn since(&self, begin_ns: Moment) -> u64 {
+        if self.in_batch_since.is_some() { 0 } else { self.now().saturating_sub(begin_ns) }
+    }
+
     fn record_blocked(&mut self, nanoseconds: u64) {
-        let Some(stage) = self.last_stage else { return };
+        let Some(stage) = self.last_stage else {
+            self.scheduling_ns += nanoseconds;
+            return;
+        };
         self.totals(stage).blocked_ns += nanoseconds;
         // With the buffer full the last span in it is an old one.
         if let Some(span) = self.spans.last_mut().filter(|span| span.stage == stage && self.num_dropped == 0) {
@@ -458,6 +484,16 @@ impl Track {
     }
 }
 
+/// What a thread of this name does.
+fn stages_of(name: &str) -> Vec<Stage> {
+    let kind = name.split('-').next().unwrap_or(name);
+    let is_its = move |stage: &Stage| match stage {
+        Stage::Vision | Stage::Prefill | Stage::Decode => kind == "engine",
+        other => kind == other.name(),
+    };
+    Stage::ALL.into_iter().filter(is_its).collect()
+}
+
 fn keep<T>(records: &mut Vec<T>, record: T, num_dropped: &mut u64) {
     if records.len() < MAX_SPANS {
         records.push(record);
@@ -478,7 +514,8 @@ pub(crate) struct Begun(Moment);
 
 /// Begins a batch.
 pub(crate) fn begin() -> Begun {
-    Begun(now())
+    let begin_ns = with_track(|track| *track.in_batch_since.insert(track.recorder.now()));
+    Begun(begin_ns.unwrap_or(0))
 }
 
 impl Begun {
@@ -488,24 +525,16 @@ impl Begun {
     }
 }
 
-/// Takes the next item, as [`Receiver::recv`]; what the thread waits counts as waiting for input.
+/// Takes the next item, as [`Receiver::recv`]: waiting for input.
 pub(crate) fn receive<T>(receiver: &Receiver<T>) -> Option<T> {
-    let item = match receiver.try_recv() {
-        Ok(item) => Some(item),
-        Err(TryRecvError::Disconnected) => None,
-        Err(TryRecvError::Empty) => waiting(|| receiver.recv().ok()),
-    };
+    let item = waiting(|| receiver.recv().ok());
     look_at(receiver);
     item
 }
 
 /// As [`receive`], but waits no longer than `timeout`.
 pub(crate) fn receive_timeout<T>(receiver: &Receiver<T>, timeout: Duration) -> Result<T, RecvTimeoutError> {
-    let item = match receiver.try_recv() {
-        Ok(item) => Ok(item),
-        Err(TryRecvError::Disconnected) => Err(RecvTimeoutError::Disconnected),
-        Err(TryRecvError::Empty) => waiting(|| receiver.recv_timeout(timeout)),
-    };
+    let item = waiting(|| receiver.recv_timeout(timeout));
     look_at(receiver);
     item
 }
@@ -515,26 +544,29 @@ pub(crate) fn look_at<T>(receiver: &Receiver<T>) {
     with_track(|track| track.pending_depth = receiver.len() as u32);
 }
 
-/// Does what waits for input.
+/// Does what takes from a queue: waiting for input.
 pub(crate) fn waiting<T>(wait: impl FnOnce() -> T) -> T {
     let begin = now();
     let item = wait();
-    with_track(|track| track.pending_wait_ns += track.now().saturating_sub(begin));
+    with_track(|track| track.pending_wait_ns += track.since(begin));
     item
 }
 
-/// Sends an item, as [`Sender::send`]; what the thread waits counts as waiting for room behind its last batch.
+/// Does what is neither a batch nor a queue's: scheduling.
+pub(crate) fn scheduling<T>(schedule: impl FnOnce() -> T) -> T {
+    let begin = now();
+    let result = schedule();
+    with_track(|track| track.scheduling_ns += track.since(begin));
+    result
+}
+
+/// Sends an item, as [`Sender::send`]: waiting for room behind the thread's last batch. Waking the thread that waits for the
+/// item is part of it.
 pub(crate) fn send<T>(sender: &Sender<T>, item: T) -> Result<(), SendError<T>> {
-    match sender.try_send(item) {
-        Ok(()) => Ok(()),
-        Err(TrySendError::Disconnected(item)) => Err(SendError(item)),
-        Err(TrySendError::Full(item)) => {
-            let begin = now();
-            let sent = sender.send(item);
-            with_track(|track| track.record_blocked(track.now().saturating_sub(begin)));
-            sent
-        }
-    }
+    let begin = now();
+    let sent = sender.send(item);
+    with_track(|track| track.record_blocked(track.since(begin)));
+    sent
 }
 
 /// A caption has ended: its last token has just come.
@@ -602,10 +634,37 @@ mod tests {
         assert_eq!(totals.service_ns, track.spans.iter().map(Span::service_ns).sum::<u64>());
         assert!(totals.service_ns >= 4_000_000 && totals.service.len() == 2);
         // The first item found room, the second did not.
-        assert_eq!((track.spans[0].blocked_ns, track.spans[1].blocked_ns), (0, totals.blocked_ns));
-        assert!(totals.blocked_ns > 1_000_000, "{}", totals.blocked_ns);
+        let blocked: Vec<u64> = track.spans.iter().map(|span| span.blocked_ns).collect();
+        assert_eq!(blocked.iter().sum::<u64>(), totals.blocked_ns);
+        assert!(blocked[1] > 1_000_000 && blocked[1] > blocked[0], "{blocked:?}");
         assert!(track.ended_ns - track.started_ns >= totals.service_ns + totals.blocked_ns);
         assert!(track.stage(Stage::Vision).is_none());
+    }
+
+    #[test]
+    fn between_batches_is_scheduling_and_within_them_nothing_else_counts() {
+        let recorder = Recorder::new(true, None);
+        let guard = recorder.enter("source");
+        let (sender, receiver) = bounded(4);
+        let pause = || std::thread::sleep(std::time::Duration::from_millis(3));
+        scheduling(pause);
+        let begun = begin();
+        send(&sender, ()).unwrap();
+        waiting(pause);
+        scheduling(pause);
+        begun.end(Stage::Source, Work::IMAGE);
+        waiting(pause);
+        let _never_ends = begin();
+        assert_eq!(receive(&receiver), Some(()));
+        pause();
+        drop(guard);
+        let track = recorder.take().tracks.pop().unwrap();
+        let totals = track.stage(Stage::Source).unwrap();
+        assert_eq!((totals.waited_ns, totals.blocked_ns), (0, 0));
+        assert!(totals.service_ns >= 6_000_000 && track.waited_at_end_ns >= 3_000_000);
+        assert!(track.scheduling_ns >= 6_000_000, "before, and the batch that did not end: {}", track.scheduling_ns);
+        let sum = totals.service_ns + track.waited_at_end_ns + track.scheduling_ns;
+        assert!(sum <= track.ended_ns - track.started_ns);
     }
 
     #[test]

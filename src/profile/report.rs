@@ -4,7 +4,8 @@
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::profile::recorder::{Records, Span, StageTotals, Track, add_histogram, new_histogram};
+use crate::profile::recorder::{CaptionTimes, Records, Span, StageTotals, Track, add_histogram, new_histogram};
+use crate::profile::trace::MIN_WAIT_NS;
 use crate::profile::{Distribution, Profile};
 use crate::stage::Stage;
 
@@ -126,8 +127,7 @@ fn timeline(profile: &Profile, records: &Records) -> Timeline {
         curve(format!("queue before {stage}"), stage.name(), capacity(stage), points, origin_ns)
     });
     let slots = tracks.iter().filter(|track| track.stage(Stage::Decode).is_some()).map(|track| {
-        let steps = track.spans.iter().filter(|span| span.stage == Stage::Decode);
-        let points = steps.map(|span| (span.start_ns, span.work.num_images)).collect();
+        let points = captions_in_flight(track);
         let capacity = profile.settings.engines.first().map(|engine| engine.num_slots);
         curve(format!("captions in flight, {}", track.name), Stage::Decode.name(), capacity, points, origin_ns)
     });
@@ -139,6 +139,34 @@ fn timeline(profile: &Profile, records: &Records) -> Timeline {
     }
 }
 
+/// A prefill adds captions, ended ones go, and a step says how many are there.
+fn captions_in_flight(track: &Track) -> Vec<(u64, u32)> {
+    enum Change {
+        Begin(u32),
+        End,
+        Are(u32),
+    }
+    let of_span = |span: &Span| match span.stage {
+        Stage::Prefill => Some((span.end_ns, Change::Begin(span.work.num_images))),
+        Stage::Decode => Some((span.start_ns, Change::Are(span.work.num_images))),
+        _ => None,
+    };
+    let of_caption = |times: &CaptionTimes| (times.last_token_ns, Change::End);
+    let mut changes: Vec<_> = track.spans.iter().filter_map(of_span).collect();
+    changes.extend(track.captions.iter().map(of_caption));
+    changes.sort_by_key(|&(moment, _)| moment);
+    let mut num_active: u32 = 0;
+    let points = changes.into_iter().map(|(moment, change)| {
+        num_active = match change {
+            Change::Begin(count) => num_active + count,
+            Change::End => num_active.saturating_sub(1),
+            Change::Are(count) => count,
+        };
+        (moment, num_active)
+    });
+    points.collect()
+}
+
 fn first_stage(track: &Track) -> usize {
     Stage::ALL.into_iter().position(|stage| track.stage(stage).is_some()).unwrap_or(Stage::ALL.len())
 }
@@ -147,7 +175,8 @@ fn slices(track: &Track, origin_ns: u64) -> impl Iterator<Item = Slice> {
     track.spans.iter().flat_map(move |span| {
         let start_ns = span.start_ns - origin_ns;
         let wait = |kind, start_ns, duration_ns| {
-            (duration_ns > 0).then(|| Slice(kind, microseconds(start_ns), microseconds(duration_ns), 1, 0, 0))
+            (duration_ns >= MIN_WAIT_NS)
+                .then(|| Slice(kind, microseconds(start_ns), microseconds(duration_ns), 1, 0, 0))
         };
         let work = span.work;
         let (images, tokens) = (work.num_images.into(), work.num_tokens.into());

@@ -12,6 +12,8 @@ use crate::profile::recorder::{Records, Span, Track};
 use crate::stage::Stage;
 
 const PROCESS: u32 = 1;
+/// Shorter waits are not drawn: the queue's own call takes as long. The sums have them.
+pub(super) const MIN_WAIT_NS: u64 = 10_000;
 
 /// Writes the trace of a run.
 ///
@@ -61,7 +63,7 @@ fn write_track(events: &mut Events<'_>, thread: u32, track: &Track, origin_ns: u
                 "ts": microseconds(start_ns - origin_ns), "dur": microseconds(duration_ns), "args": args,
             })
         };
-        if span.waited_ns > 0 {
+        if span.waited_ns >= MIN_WAIT_NS {
             events.write(&slice(
                 "wait for input",
                 "wait",
@@ -76,7 +78,7 @@ fn write_track(events: &mut Events<'_>, thread: u32, track: &Track, origin_ns: u
             "left in queue": span.queue_depth,
         });
         events.write(&slice(span.stage.name(), "stage", span.start_ns, span.service_ns(), args))?;
-        if span.blocked_ns > 0 {
+        if span.blocked_ns >= MIN_WAIT_NS {
             events.write(&slice("wait for room", "wait", span.end_ns, span.blocked_ns, json!({})))?;
         }
         for (name, unit, value) in counters(track, span) {

@@ -12,6 +12,7 @@ mod crash;
 mod demo;
 mod doctor;
 mod engines;
+mod full_disk;
 mod fuzz_seeds;
 mod golden;
 mod hostile;

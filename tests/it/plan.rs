@@ -185,8 +185,8 @@ fn a_profile_predicts_its_own_run_and_scales_to_others() {
     let plan = from(&["--images", "64"]);
     let (told, measured) =
         (number(&plan["job"]["images_per_second"]["likely"]), number(&profile["run"]["images_per_second"]));
-    // Other tests run beside it, so this is no measurement; scripts/plan_check.py makes one.
-    assert!((0.5..2.0).contains(&(told / measured)), "the plan says {told} images/s, the run made {measured}");
+    // What batches took is in the profile, so other tests beside it do no harm; scripts/plan_check.py checks plans of other runs.
+    assert!((0.85..1.15).contains(&(told / measured)), "the plan says {told} images/s, the run made {measured}");
     assert_eq!(plan["image"]["new_tokens"], 32.0);
     assert_eq!(plan["memory"]["num_slots"], profile["settings"]["engines"][0]["num_slots"]);
     assert_eq!(plan["basis"]["kind"], "profile");

@@ -12,9 +12,9 @@ use crate::support::{
     copy_folder, demo_bundle, demo_shard, edit_json, parquet_rows, read_json, recaption, root, stderr,
 };
 
-/// Time of a thread that no span accounts for, as a share of its own: a stage without spans is more. On a machine with other work
-/// a thread is often put aside between two spans, so this is no measurement; scripts/profile/check.py makes one.
-const MAX_OTHER_SHARE: f64 = 0.25;
+/// Time of a thread that nothing accounts for, as a share of the run's. (Of its own it can be more where it is there for a few
+/// milliseconds, and put aside in one of them.)
+const MAX_OTHER_SHARE: f64 = 0.03;
 
 struct Profiled {
     folder: TempDir,
@@ -36,14 +36,13 @@ fn profile(bundle: &Path, inputs: &[&Path], flags: &[&str], expected: i32) -> Pr
 
 fn check_sums(profile: &Profile) {
     for track in &profile.tracks {
-        let accounted: f64 = track.stages.values().sum::<f64>() + track.waited_seconds + track.blocked_seconds;
+        let between = track.waited_seconds + track.blocked_seconds + track.scheduling_seconds;
+        let accounted = track.stages.values().sum::<f64>() + between;
         let sum = accounted + track.other_seconds;
         assert!((sum - track.wall_seconds).abs() < 1e-6, "{track:?}");
         // Nothing is counted twice.
         assert!(track.other_seconds > -1e-6, "{track:?}");
-        if track.name.starts_with("engine") {
-            assert!(track.other_seconds <= MAX_OTHER_SHARE * track.wall_seconds, "{track:?}");
-        }
+        assert!(track.other_seconds <= MAX_OTHER_SHARE * profile.run.wall_seconds, "{track:?}");
         assert!(track.wall_seconds <= profile.run.wall_seconds + 1e-3, "{track:?}");
     }
     for stage in &profile.stages {
@@ -176,7 +175,7 @@ fn the_report_loads_nothing_and_names_cannot_break_it() {
     let name = "</script><img src=x onerror=alert(1)>&\"'{{data}}";
     edit_json(&bundle.join("manifest.json"), |manifest| manifest["source"]["name"] = name.into());
     let Profiled { folder, profile, .. } =
-        profile(&bundle, &[&demo_shard()], &["--no-peaks", "--limit", "4", "--max-new-tokens", "5"], 0);
+        profile(&bundle, &[&demo_shard()], &["--no-peaks", "--limit", "4", "--slots", "2", "--max-new-tokens", "5"], 0);
     assert_eq!(profile.bundle.name, name);
     let report = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
     // A namespace is a name, not an address.
@@ -191,6 +190,16 @@ fn the_report_loads_nothing_and_names_cannot_break_it() {
     let data: Value = serde_json::from_str(data.split_once("</script>").unwrap().0).unwrap();
     assert_eq!(data["profile"]["bundle"]["name"], name);
     assert_eq!(data["profile"], read_json(&folder.path().join("profile.json")));
+    let num_slots = profile.settings.engines[0].num_slots;
+    for curve in data["timeline"]["slots"].as_array().unwrap() {
+        let points = curve["points"].as_array().unwrap();
+        let values: Vec<f64> = points.iter().map(|point| point[1].as_f64().unwrap()).collect();
+        assert!(
+            values.iter().all(|&value| value <= num_slots as f64) && values.contains(&(num_slots as f64)),
+            "{curve}"
+        );
+        assert_eq!(values.last(), Some(&0.0), "{curve}");
+    }
     let histograms = data["histograms"].as_array().unwrap();
     for histogram in histograms {
         let bins = histogram["bins"].as_array().unwrap();

@@ -97,6 +97,7 @@ fn tracks(profile: &Profile, text: &mut String) -> std::fmt::Result {
         let rest = [
             ("waiting for input", track.waited_seconds),
             ("waiting for room", track.blocked_seconds),
+            ("scheduling", track.scheduling_seconds),
             ("other", track.other_seconds),
         ];
         // Below a tenth of a per cent nothing is worth a word.
