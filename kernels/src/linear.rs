@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 
-use crate::dot::{COLUMNS, Chunks, Prepared, ROWS, Scales, Sums, Tile};
+use crate::dot::{COLUMNS, Prepared, ROWS, Scales, Sums, Tile};
 use crate::error::check_len;
 use crate::level::Work;
 use crate::math::{gelu, gelu_tanh, swish};
@@ -169,7 +169,7 @@ impl Work for Part<'_> {
                         b: weights.panel(panel),
                         init: &correction,
                         next,
-                        prepared: block_of(prepared, 0),
+                        prepared: prepared.map(|p| p.block(0)),
                     };
                     s.tile(count, tile, &mut sums);
                     for (acc, sums) in acc.iter_mut().zip(&sums).take(count) {
@@ -182,15 +182,6 @@ impl Work for Part<'_> {
             }
         }
         PREPARED.set(scratch);
-    }
-}
-
-/// A block of a panel that may be made ready.
-#[inline(always)]
-fn block_of(prepared: Option<&Prepared>, block: usize) -> Option<Chunks<'_>> {
-    match prepared {
-        Some(prepared) => Some(prepared.block(block)),
-        None => None,
     }
 }
 
@@ -235,7 +226,7 @@ impl Product<'_> {
                 (true, false) => Scales::Rows(&rows),
                 (false, _) => Scales::Columns(columns),
             };
-            let prepared = block_of(prepared, b);
+            let prepared = prepared.map(|p| p.block(b));
             s.add_tile(count, Tile { a, stride, b: steps, init, next, prepared }, scales, sums, acc);
         }
     }

@@ -30,9 +30,10 @@ impl<const VNNI: bool> Dot for Avx2<VNNI> {
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
         if !VNNI {
-            // SAFETY: the token proves the instructions, `check` the reads.
             match tile.prepared {
+                // SAFETY: the token proves the instructions, `check` the reads.
                 Some(block) => unsafe { pairs::product(rows, tile, block, sums) },
+                // SAFETY: the same.
                 None => unsafe { product(rows, tile, sums) },
             }
             return;

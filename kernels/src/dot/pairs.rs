@@ -125,7 +125,8 @@ unsafe fn product_of<const R: usize>(tile: Tile<'_>, block: Chunks<'_>, sums: &m
     for (number, steps) in tile.b.chunks(CHUNK).enumerate().take(block.count) {
         for (r, near) in near.iter_mut().enumerate() {
             let a = &tile.a[r * tile.stride + number * 4 * CHUNK..][..4 * steps.len()];
-            near[..a.len()].write_copy_of_slice(a);
+            // SAFETY: a chunk has at most as many bytes, and neither lies in the other.
+            unsafe { std::ptr::copy_nonoverlapping(a.as_ptr(), near.as_mut_ptr().cast(), a.len()) };
         }
         let near: *const [u8; 4 * CHUNK] = near.as_ptr().cast();
         for part in 0..PARTS {
