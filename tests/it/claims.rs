@@ -54,6 +54,22 @@ fn a_shard_that_another_process_has_is_left_to_it() {
 }
 
 #[test]
+fn a_lock_file_that_a_killed_run_left_of_a_finished_shard_goes_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let (inputs, out) = (tars(folder.path(), 2), folder.path().join("out"));
+    assert_eq!(run(&paths(&inputs), &out, &[]).status.code(), Some(0));
+    drop(lock(&out.join("claims/1.lock")));
+    let output = run(&paths(&inputs), &out, &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(!out.join("claims").exists(), "nothing is left over");
+    // One that is held stays.
+    let other = lock(&out.join("claims/1.lock"));
+    assert_eq!(run(&paths(&inputs), &out, &[]).status.code(), Some(0));
+    assert!(out.join("claims/1.lock").exists());
+    drop(other);
+}
+
+#[test]
 fn starting_anew_waits_for_nobody_and_disturbs_nobody() {
     let Case { folder: _folder, tar, out } = case(2);
     assert_eq!(run(&[&tar], &out, &[]).status.code(), Some(0));

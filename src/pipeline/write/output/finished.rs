@@ -177,6 +177,17 @@ impl Output {
             }
             claim.finish();
         }
+        if self.options.has_claims {
+            // And lock files alone: a run was killed between a journal and its claim.
+            for name in Location::Local(self.options.claim_folder()).names()? {
+                if let Some(shard) = name.strip_suffix(".lock").filter(|shard| self.known().contains_key(*shard))
+                    && !self.journal_path(shard).exists()
+                    && let Some(claim) = Claim::take(&self.claim_path(shard))?
+                {
+                    claim.finish();
+                }
+            }
+        }
         Ok(())
     }
 }
