@@ -185,9 +185,9 @@ impl Work for Part<'_> {
     }
 }
 
-/// The corrections of all blocks together.
+/// The corrections of all blocks together; of weights that nobody packed they may wrap.
 fn total(corrections: &[[i32; COLUMNS]]) -> [i32; COLUMNS] {
-    corrections.iter().fold([0; COLUMNS], |sum, c| std::array::from_fn(|i| sum[i] + c[i]))
+    corrections.iter().fold([0; COLUMNS], |sum, c| std::array::from_fn(|i| sum[i].wrapping_add(c[i])))
 }
 
 impl Product<'_> {
