@@ -305,14 +305,17 @@ fn occupancy(settings: &Settings, tracks: &[Track], [vision, decode]: [&StagePro
     }
 }
 
-/// The thread, or kind of thread, that was busy for the largest part of its time limits the run: everybody else waits for it,
+/// The thread, or kind of thread, that was busy for the largest part of the run limits it: everybody else waits for it,
 /// in front of a full queue or behind an empty one.
 fn bottleneck(stages: &[StageProfile], tracks: &[TrackProfile], queues: &[QueueProfile]) -> Bottleneck {
     let engines = [Stage::Vision, Stage::Prefill, Stage::Decode];
     let of = |stage: Stage| &stages[stage as usize];
-    let busy_engine: f64 = engines.iter().map(|&stage| of(stage).busy_share).sum();
+    // Of the run, not of the threads' own time: one that reads a single small shard is over at once.
+    let run = tracks.iter().map(|track| track.wall_seconds).fold(1e-9, f64::max);
+    let busy = |stage: Stage| of(stage).service_seconds / (of(stage).num_threads.max(1) as f64 * run);
+    let busy_engine: f64 = engines.iter().map(|&stage| busy(stage)).sum();
     let others = [Stage::Source, Stage::Load, Stage::Preprocess, Stage::Write];
-    let busiest = others.into_iter().max_by(|&a, &b| of(a).busy_share.total_cmp(&of(b).busy_share));
+    let busiest = others.into_iter().max_by(|&a, &b| busy(a).total_cmp(&busy(b)));
     let percent = |share: f64| format!("{:.0} %", 100.0 * share);
     let queue_of = |stage: Stage| queues.iter().find(|queue| queue.stage == stage.name());
     let fill = |stage: Stage| match queue_of(stage) {
@@ -323,26 +326,26 @@ fn bottleneck(stages: &[StageProfile], tracks: &[TrackProfile], queues: &[QueueP
         None => String::new(),
     };
     match busiest {
-        Some(stage) if of(stage).busy_share > busy_engine => Bottleneck {
+        Some(stage) if busy(stage) > busy_engine => Bottleneck {
             stage: stage.name().to_owned(),
             reason: format!(
-                "its threads were busy for {} of their time, the engines for {}{}",
-                percent(of(stage).busy_share),
+                "its threads were busy for {} of the run, the engines for {}{}",
+                percent(busy(stage)),
                 percent(busy_engine),
                 fill(stage),
             ),
         },
         _ => {
-            let largest = engines.into_iter().max_by(|&a, &b| of(a).busy_share.total_cmp(&of(b).busy_share));
+            let largest = engines.into_iter().max_by(|&a, &b| busy(a).total_cmp(&busy(b)));
             let stage = largest.expect("bug: there are three");
             let waited: f64 = tracks.iter().filter(|track| is_engine(track)).map(|track| track.waited_seconds).sum();
             let wall: f64 = tracks.iter().filter(|track| is_engine(track)).map(|track| track.wall_seconds).sum();
             Bottleneck {
                 stage: stage.name().to_owned(),
                 reason: format!(
-                    "engines were busy for {} of their time, {} of it in {stage}, and waited for images for {}{}",
+                    "engines were busy for {} of the run, {} of it in {stage}, and waited for images for {}{}",
                     percent(busy_engine),
-                    percent(of(stage).busy_share / busy_engine.max(1e-9)),
+                    percent(busy(stage) / busy_engine.max(1e-9)),
                     percent(waited / wall.max(1e-9)),
                     fill(Stage::Vision),
                 ),
