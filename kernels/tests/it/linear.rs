@@ -29,7 +29,9 @@ fn cases() -> impl Strategy<Value = Case> {
         Activation::GeluTanh,
         Activation::SwiGlu,
     ]);
-    let sizes = (0..30usize, 1..300usize, 0..100usize, prop::sample::select(vec![0usize, 4, 32, 128]));
+    // Some k beyond what a kernel takes at a time, in one block and in blocks that are as long.
+    let k = prop_oneof![3 => 1..300usize, 1 => 500..1300usize];
+    let sizes = (0..30usize, k, 0..100usize, prop::sample::select(vec![0usize, 4, 32, 128, 640]));
     let flags = (any::<bool>(), any::<bool>(), 0..3u8, 0..3u8, any::<bool>());
     (sizes, flags, activation, any::<u64>()).prop_map(|((rows, k, columns, block), f, activation, seed)| Case {
         rows,
