@@ -305,7 +305,7 @@ impl Work for Attend<'_> {
         });
         state.start(num_rows, head_dim);
         let last = seen(num_rows - 1);
-        let is_direct = num_rows <= S::ACCUMULATORS && head_dim.is_multiple_of(LANES);
+        let is_direct = num_rows <= most_rows::<S>() && head_dim.is_multiple_of(LANES);
         for start in (0..last).step_by(BLOCK) {
             let count = BLOCK.min(last - start);
             let seen = |row: usize| seen(row).saturating_sub(start).min(BLOCK);
@@ -463,10 +463,22 @@ fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     &mut buffer[..len]
 }
 
+/// Whether a tile of the most rows leaves registers for two columns.
+#[inline(always)]
+fn is_wide<S: Simd>() -> bool {
+    S::ACCUMULATORS >= 16
+}
+
+/// Rows of the largest tile.
+#[inline(always)]
+fn most_rows<S: Simd>() -> usize {
+    if is_wide::<S>() { S::ACCUMULATORS / 2 } else { S::ACCUMULATORS }
+}
+
 /// Rows of the next tile, where `left` are left.
 #[inline(always)]
 fn tile_rows<S: Simd>(left: usize) -> usize {
-    let most = left.min(S::ACCUMULATORS / 2).max(1);
+    let most = left.min(most_rows::<S>());
     [12, 8, 6, 4, 3, 2, 1].into_iter().find(|&rows| rows <= most).expect("bug: one row is a tile")
 }
 
@@ -474,7 +486,7 @@ fn tile_rows<S: Simd>(left: usize) -> usize {
 /// registers many, so that enough sums are under way.
 macro_rules! with_tile {
     ($simd:ty, $count:expr, $rows:ident, $columns:ident, $body:expr) => {
-        match ($count, <$simd>::ACCUMULATORS >= 16) {
+        match ($count, is_wide::<$simd>()) {
             (1, _) => with_tile!(@ 1, 4, $rows, $columns, $body),
             (2, true) => with_tile!(@ 2, 4, $rows, $columns, $body),
             (3, true) => with_tile!(@ 3, 4, $rows, $columns, $body),
@@ -484,7 +496,8 @@ macro_rules! with_tile {
             (12, true) => with_tile!(@ 12, 2, $rows, $columns, $body),
             (2, false) => with_tile!(@ 2, 2, $rows, $columns, $body),
             (3, false) => with_tile!(@ 3, 2, $rows, $columns, $body),
-            (4, false) => with_tile!(@ 4, 2, $rows, $columns, $body),
+            (4, false) => with_tile!(@ 4, 1, $rows, $columns, $body),
+            (6, false) => with_tile!(@ 6, 1, $rows, $columns, $body),
             (rows, _) => unreachable!("bug: a tile of {rows} rows"),
         }
     };
@@ -666,17 +679,20 @@ fn softmax<S: Simd>(
     seen: usize,
     (largest, total): &mut (f32, f32),
 ) -> f32 {
-    let vectors = scores.as_chunks_mut::<LANES>().0;
-    let (vectors, _) = vectors.split_at_mut(count.div_ceil(LANES));
+    let vectors = &mut scores.as_chunks_mut::<LANES>().0[..count.div_ceil(LANES)];
+    let (whole, others) = vectors.split_at_mut(seen / LANES);
+    let (part, unseen) = others.split_at_mut((seen % LANES).min(1));
+    unseen.fill([0.0; LANES]);
     if seen == 0 {
-        vectors.fill([0.0; LANES]);
         return 1.0;
     }
     let least = s.splat(f32::NEG_INFINITY);
-    let seen_of = |i: usize| seen.saturating_sub(i * LANES).min(LANES);
     let mut most = least;
-    for (i, vector) in vectors.iter().enumerate() {
-        most = s.max(s.first(seen_of(i), s.load(vector), least), most);
+    for vector in &*whole {
+        most = s.max(s.load(vector), most);
+    }
+    for vector in &*part {
+        most = s.max(s.first(seen % LANES, s.load(vector), least), most);
     }
     let most = s.largest(most);
     let before = *largest;
@@ -685,9 +701,13 @@ fn softmax<S: Simd>(
     }
     let (middle, zero) = (s.splat(*largest), s.splat(0.0));
     let mut sum = zero;
-    for (i, vector) in vectors.iter_mut().enumerate() {
+    for vector in whole {
         let weight = exp2(s, s.sub(s.load(vector), middle));
-        let weight = s.first(seen_of(i), weight, zero);
+        sum = s.add(sum, weight);
+        s.store(weight, vector);
+    }
+    for vector in part {
+        let weight = s.first(seen % LANES, exp2(s, s.sub(s.load(vector), middle)), zero);
         sum = s.add(sum, weight);
         s.store(weight, vector);
     }

@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 
-use crate::dot::{COLUMNS, Prepared, ROWS, Scales, Sums, Tile};
+use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
 use crate::error::check_len;
 use crate::level::Work;
 use crate::math::{gelu, gelu_tanh, swish};
@@ -129,7 +129,7 @@ struct Part<'a> {
 
 thread_local! {
     // Taken out while it is used: a closure around a task would be compiled without the instruction set's features.
-    static PREPARED: RefCell<Prepared> = RefCell::default();
+    static STARTS: RefCell<Vec<[i32; COLUMNS]>> = RefCell::default();
 }
 
 impl Work for Part<'_> {
@@ -143,34 +143,29 @@ impl Work for Part<'_> {
         let blockwise = product.x.block != 0 || spec.block_scales;
         let mut sums = [[0; COLUMNS]; ROWS];
         let mut acc = [[0.0; COLUMNS]; ROWS];
-        let mut scratch = PREPARED.take();
-        let is_prepared = rows.len() >= S::PREPARED_ROWS;
+        let mut starts = STARTS.take();
         for panel in panels.clone() {
-            if is_prepared {
-                let steps_of_block = if blockwise { spec.block / 4 } else { spec.num_steps() };
-                s.prepare(weights.panel(panel), steps_of_block, &mut scratch);
+            let (steps, corrections) = (weights.panel(panel), weights.corrections(panel));
+            starts.clear();
+            if blockwise {
+                for (steps, &corrections) in steps.chunks(spec.block / 4).zip(corrections) {
+                    starts.push(s.start(steps, corrections));
+                }
+            } else {
+                starts.push(s.start(steps, total(corrections)));
             }
-            let prepared = is_prepared.then_some(&scratch);
             let next: &[_] = if panel + 1 < panels.end { weights.panel(panel + 1) } else { &[] };
-            let correction = total(weights.corrections(panel));
             let bias = product.bias(s, panel);
             for tile in 0..num_tiles {
                 let part = part_of(rows.len(), num_tiles, tile);
                 let (first, count) = (rows.start + part.start, part.len());
                 let next = &next[part_of(next.len(), num_tiles, tile)];
                 if blockwise {
-                    product.add_blocks(s, panel, prepared, first, count, next, &mut sums, &mut acc);
+                    product.add_blocks(s, panel, &starts, first, count, next, &mut sums, &mut acc);
                 } else {
                     let stride = stride(spec.k);
                     let a = &product.x.values[first * stride..];
-                    let tile = Tile {
-                        a,
-                        stride,
-                        b: weights.panel(panel),
-                        init: &correction,
-                        next,
-                        prepared: prepared.map(|p| p.block(0)),
-                    };
+                    let tile = Tile { a, stride, b: steps, init: &starts[0], next };
                     s.tile(count, tile, &mut sums);
                     for (acc, sums) in acc.iter_mut().zip(&sums).take(count) {
                         for (acc, sums) in acc.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
@@ -181,7 +176,7 @@ impl Work for Part<'_> {
                 product.finish(s, panel, bias, first, &acc[..count]);
             }
         }
-        PREPARED.set(scratch);
+        STARTS.set(starts);
     }
 }
 
@@ -198,7 +193,7 @@ impl Product<'_> {
         &self,
         s: S,
         panel: usize,
-        prepared: Option<&Prepared>,
+        starts: &[[i32; COLUMNS]],
         first: usize,
         count: usize,
         next: &[crate::dot::Step],
@@ -210,7 +205,7 @@ impl Product<'_> {
         let steps = self.weights.panel(panel).chunks(spec.block / 4);
         let num_blocks = spec.num_blocks();
         acc[..count].fill([0.0; COLUMNS]);
-        for ((b, steps), init) in steps.enumerate().zip(self.weights.corrections(panel)) {
+        for ((b, steps), init) in steps.enumerate().zip(starts) {
             let a = &x.values[first * stride + b * spec.block..];
             let next = &next[part_of(next.len(), num_blocks, b)];
             let next = &next[..next.len().min(steps.len())];
@@ -226,8 +221,7 @@ impl Product<'_> {
                 (true, false) => Scales::Rows(&rows),
                 (false, _) => Scales::Columns(columns),
             };
-            let prepared = prepared.map(|p| p.block(b));
-            s.add_tile(count, Tile { a, stride, b: steps, init, next, prepared }, scales, sums, acc);
+            s.add_tile(count, Tile { a, stride, b: steps, init, next }, scales, sums, acc);
         }
     }
 

@@ -1,8 +1,10 @@
 //! Text to ids and back, as transformers' fast tokenizers do it.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::pipeline::panic_message;
 
 /// A `tokenizer.json`, loaded.
 pub struct Tokenizer {
@@ -16,8 +18,12 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn open(path: &Path) -> Result<Self> {
-        let mut tokenizer = tokenizers::Tokenizer::from_file(path)
-            .map_err(|reason| Error::Tokenizer { path: path.to_owned(), reason: reason.to_string() })?;
+        let mut tokenizer = guarded(path, || {
+            let json = std::fs::read(path)?;
+            // The library expects what it reads a decoder from to be JSON.
+            let Parts { .. } = serde_json::from_slice(&json)?;
+            tokenizers::Tokenizer::from_bytes(&json)
+        })?;
         // A file saved with truncation or padding on must not cut or fill prompts.
         tokenizer.with_padding(None);
         let _ = tokenizer.with_truncation(None);
@@ -29,10 +35,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .tokenizer
-            .encode(text, false)
-            .map_err(|reason| Error::Tokenizer { path: self.path.clone(), reason: reason.to_string() })?;
+        let encoding = guarded(&self.path, || self.tokenizer.encode(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -42,9 +45,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer
-            .decode(ids, true)
-            .map_err(|reason| Error::Tokenizer { path: self.path.clone(), reason: reason.to_string() })
+        guarded(&self.path, || self.tokenizer.decode(ids, true))
     }
 
     /// The id of a token by its exact text.
@@ -52,4 +53,21 @@ impl Tokenizer {
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)
     }
+}
+
+/// What is not skipped of a `tokenizer.json` that is only checked.
+#[derive(serde::Deserialize)]
+struct Parts {
+    #[serde(rename = "decoder", default)]
+    _decoder: serde_json::Value,
+}
+
+/// Runs the library, which panics where some files are wrong inside.
+fn guarded<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let reason = match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(result)) => return Ok(result),
+        Ok(Err(reason)) => reason.to_string(),
+        Err(panic) => format!("the tokenizers library panicked: {}", panic_message(panic.as_ref())),
+    };
+    Err(Error::Tokenizer { path: path.to_owned(), reason })
 }

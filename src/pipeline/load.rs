@@ -303,8 +303,12 @@ fn decode(format: Format, bytes: &[u8], limits: &LoadLimits) -> Result<Stored, L
     limits.check_bytes(decoder.total_bytes().saturating_add(3 * u64::from(width) * u64::from(height)))?;
     decoder.set_limits(decoder_limits).map_err(to_error)?;
     // Broken metadata must not cost the picture: Pillow shows it unrotated then.
-    let exif = decoder.exif_metadata().ok().flatten();
-    let xmp = decoder.xmp_metadata().ok().flatten();
+    let (exif, xmp) = if format == Format::WebP {
+        let chunk = |kind| probe::webp_chunk(bytes, kind).map(<[u8]>::to_vec);
+        (chunk(b"EXIF"), chunk(b"XMP "))
+    } else {
+        (decoder.exif_metadata().ok().flatten(), decoder.xmp_metadata().ok().flatten())
+    };
     let exif = exif.or_else(|| if format == Format::Png { probe::png_raw_exif(bytes) } else { None });
     let orientation = orientation_of(exif.as_deref(), xmp.as_deref());
     let color_type = decoder.color_type();

@@ -46,6 +46,27 @@ fn presets_give_the_ids_of_transformers_with_one_bos() {
 }
 
 #[test]
+fn a_tokenizer_that_is_broken_inside_is_an_error() {
+    let whole = std::fs::read_to_string(root("fuzz/seeds/tokenizer/tiny.json")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.json");
+    let open = |json: &str| {
+        std::fs::write(&path, json).unwrap();
+        Tokenizer::open(&path).map(|_| ()).map_err(|error| error.to_string())
+    };
+    open(&whole).unwrap();
+    let decoder = whole.find(r#""decoder""#).unwrap();
+    let brace = decoder + whole[decoder..].find('{').unwrap();
+    // Of both the library itself makes a panic: of what is not JSON, and of a normaliser's tables that are none.
+    let cut = open(&format!("{}{{,{}", &whole[..brace], &whole[brace + 1..])).unwrap_err();
+    assert!(cut.contains("tokenizer.json") && cut.contains("line"), "{cut}");
+    let mut json: Value = serde_json::from_str(&whole).unwrap();
+    json["normalizer"] = serde_json::json!({"type": "Precompiled", "precompiled_charsmap": 7});
+    let tables = open(&json.to_string()).unwrap_err();
+    assert!(tables.contains("tokenizer.json") && tables.contains("panicked"), "{tables}");
+}
+
+#[test]
 fn detokenising_equals_transformers() {
     let tokenizer = tokenizer();
     let goldens = read_json(&root("tests/data/text/llama3.json"));

@@ -1,41 +1,37 @@
 //! AVX2, with and without VNNI.
 //!
-//! Without it, panels are made ready for `vpmaddubsw` (see [`super::pairs`]). Where rows are so few that this does not pay,
-//! bytes are widened to 16 bits and multiplied with `vpmaddwd`, whose sums of two products cannot overflow.
+//! Without it, the sign of a weight goes to the activation, so that no sum of 16 bits saturates (see [`products`]).
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
-use super::{COLUMNS, Dot, Prepared, Step, Sums, Tile, pairs, with_rows};
+use super::{COLUMNS, Dot, ROWS, Scales, Step, Sums, Tile, with_rows};
 use crate::simd::avx2::Avx2;
 
 /// Rows at a time with VNNI: 3 x 4 accumulators of 8 lanes leave four registers for operands.
 const VNNI_ROWS: usize = 3;
 
-/// Rows at a time of widened bytes: few, or they would not be multiplied in this way.
-const WIDE_ROWS: usize = 3;
+/// Columns of a vector, with four k each.
+const EIGHT: usize = 8;
 
-/// Steps for which activations are widened at a time.
-const WIDE_STEPS: usize = 64;
+/// Steps whose activations are put side by side: 12 rows of them take 6 KB, which leaves most of the first-level cache to weights.
+pub(crate) const CHUNK: usize = 128;
 
 impl<const VNNI: bool> Dot for Avx2<VNNI> {
-    const PREPARED_ROWS: usize = if VNNI { usize::MAX } else { WIDE_ROWS + 1 };
-
     #[inline(always)]
-    fn prepare(self, panel: &[Step], steps_of_block: usize, to: &mut Prepared) {
+    fn start(self, b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
+        if VNNI {
+            return corrections;
+        }
         // SAFETY: the token proves the instructions.
-        unsafe { to.fill(panel, steps_of_block) };
+        unsafe { with_left_out(b, corrections) }
     }
 
     #[inline(always)]
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
         if !VNNI {
-            match tile.prepared {
-                // SAFETY: the token proves the instructions, `check` the reads.
-                Some(block) => unsafe { pairs::product(rows, tile, block, sums) },
-                // SAFETY: the same.
-                None => unsafe { product(rows, tile, sums) },
-            }
+            with_rows!(rows, product(tile, sums), 1 2 3 4 5 6 7 8 9 10 11 12);
             return;
         }
         for first in (0..rows).step_by(VNNI_ROWS) {
@@ -46,68 +42,164 @@ impl<const VNNI: bool> Dot for Avx2<VNNI> {
     }
 }
 
-/// A step of activations, of 16 bits each.
-type Wide = [u16; 4];
+impl Avx2<false> {
+    /// [`Simd::add_tile`](crate::simd::Simd::add_tile).
+    #[inline(always)]
+    pub(crate) fn add_product(self, rows: usize, tile: Tile<'_>, scales: Scales<'_>, acc: &mut [[f32; COLUMNS]; ROWS]) {
+        tile.check(rows);
+        assert!(tile.b.len() <= CHUNK, "bug: sums of several chunks have no place");
+        with_rows!(rows, product_add(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12);
+    }
+}
 
-/// Widens the activations of some rows and steps once for all columns, and multiplies.
-///
-/// # Safety
-/// `tile.check(rows)` holds.
+/// `corrections`, and for each column what [`products`] leave out: 128 times its weights, and once the size of the negative ones.
 #[target_feature(enable = "avx2")]
-unsafe fn product(rows: usize, tile: Tile<'_>, sums: &mut Sums) {
-    let mut wide = [[[0; 4]; WIDE_STEPS]; WIDE_ROWS];
-    sums[..rows].fill(*tile.init);
-    for first in (0..rows).step_by(WIDE_ROWS) {
-        let rows = WIDE_ROWS.min(rows - first);
-        for (chunk, b) in tile.b.chunks(WIDE_STEPS).enumerate() {
-            for (r, wide) in wide.iter_mut().enumerate().take(rows) {
-                let a = &tile.a[(first + r) * tile.stride + chunk * 4 * WIDE_STEPS..][..4 * b.len()];
-                let wide = wide.as_flattened_mut();
-                let (whole, tail) = a.as_chunks::<16>();
-                for (a, wide) in whole.iter().zip(wide.as_chunks_mut::<16>().0) {
-                    // SAFETY: both have 16 elements.
-                    unsafe {
-                        let a = _mm_loadu_si128(a.as_ptr().cast());
-                        _mm256_storeu_si256(wide.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(a));
-                    }
-                }
-                wide[16 * whole.len()..].iter_mut().zip(tail).for_each(|(wide, &a)| *wide = a.into());
+fn with_left_out(b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
+    let mut starts = corrections;
+    let (one, zero) = (_mm256_set1_epi8(1), _mm256_setzero_si256());
+    // 128 steps of pairs between -256 and 254 are what 16 bits hold.
+    for b in b.chunks(128) {
+        for (part, starts) in starts.as_chunks_mut::<EIGHT>().0.iter_mut().enumerate() {
+            // 128 w for a positive weight, 127 w for a negative one: 127 times all and once the positive.
+            let (mut all, mut positive) = (zero, zero);
+            for step in b {
+                // SAFETY: a quarter of a step has 32 bytes.
+                let b = unsafe { _mm256_loadu_si256(step[4 * EIGHT * part..][..4 * EIGHT].as_ptr().cast()) };
+                all = _mm256_add_epi16(all, _mm256_maddubs_epi16(one, b));
+                positive = _mm256_add_epi16(positive, _mm256_maddubs_epi16(one, _mm256_max_epi8(b, zero)));
             }
-            let sums = &mut sums[first..];
-            with_rows!(rows, product_of_wide(&wide, b, sums), 1 2 3);
+            let all = _mm256_madd_epi16(all, _mm256_set1_epi16(127));
+            let left_out = _mm256_add_epi32(all, _mm256_madd_epi16(positive, _mm256_set1_epi16(1)));
+            let to: *mut __m256i = starts.as_mut_ptr().cast();
+            // SAFETY: eight i32.
+            unsafe { _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), left_out)) };
+        }
+    }
+    starts
+}
+
+/// # Safety
+/// `tile.check(R)` holds.
+#[target_feature(enable = "avx2")]
+unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut [[i32; COLUMNS]]) {
+    let sums: &mut [[i32; COLUMNS]; R] = (&mut sums[..R]).try_into().expect("bug: a slice of its length");
+    let mut near = Near::<R>([const { [MaybeUninit::uninit(); 4 * CHUNK] }; R]);
+    for (number, b) in tile.b.chunks(CHUNK).enumerate() {
+        near.copy(&tile.a[number * 4 * CHUNK..], tile.stride, b.len());
+        let next = tile.next.chunks(CHUNK).nth(number).unwrap_or(&[]);
+        for part in 0..COLUMNS / EIGHT {
+            let at = EIGHT * part;
+            let mut acc = [_mm256_setzero_si256(); R];
+            for (acc, sums) in acc.iter_mut().zip(&*sums) {
+                let from = if number == 0 { tile.init } else { sums };
+                // SAFETY: eight i32.
+                *acc = unsafe { _mm256_loadu_si256(from[at..][..EIGHT].as_ptr().cast()) };
+            }
+            // SAFETY: as many steps as were copied.
+            acc = unsafe { products(acc, &near, part, b, next) };
+            for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
+                // SAFETY: eight i32.
+                unsafe { _mm256_storeu_si256(sums[at..][..EIGHT].as_mut_ptr().cast(), *acc) };
+            }
         }
     }
 }
 
-/// Adds the products of R rows with some steps of all columns to their sums.
+/// As [`product`], of one chunk, scaled and added to floats without a way through memory.
 ///
 /// # Safety
-/// There are R rows of activations and sums.
-#[target_feature(enable = "avx2")]
-unsafe fn product_of_wide<const R: usize>(a: &[[Wide; WIDE_STEPS]], b: &[Step], sums: &mut [[i32; COLUMNS]]) {
-    let a: &[[Wide; WIDE_STEPS]; R] = a[..R].try_into().expect("bug: a slice of its length");
-    for eight in 0..COLUMNS / 8 {
-        // acc[r][j]: columns 4 j to 4 j + 3 of the eight, each as two partial sums.
-        let mut acc = [[_mm256_setzero_si256(); 2]; R];
-        for (k, b) in b.iter().enumerate().take(WIDE_STEPS) {
-            let b: *const __m128i = b[32 * eight..].as_ptr().cast();
-            // SAFETY: a quarter of a step has 32 bytes.
-            let b = unsafe { [_mm_loadu_si128(b), _mm_loadu_si128(b.add(1))] }.map(|b| _mm256_cvtepi8_epi16(b));
-            for (a, acc) in a.iter().zip(&mut acc) {
-                // SAFETY: k is below WIDE_STEPS.
-                let four = unsafe { a.as_ptr().add(k).cast::<i64>().read_unaligned() };
-                let four = _mm256_set1_epi64x(four);
-                acc[0] = _mm256_add_epi32(acc[0], _mm256_madd_epi16(four, b[0]));
-                acc[1] = _mm256_add_epi32(acc[1], _mm256_madd_epi16(four, b[1]));
-            }
-        }
-        for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
-            let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(acc[0], acc[1]));
-            let to: *mut __m256i = sums[8 * eight..][..8].as_mut_ptr().cast();
-            // SAFETY: eight i32.
-            unsafe { _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), sum)) };
+/// `tile.check(R)` holds.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn product_add<const R: usize>(tile: Tile<'_>, (scales, to): (Scales<'_>, &mut [[f32; COLUMNS]; ROWS])) {
+    let mut near = Near::<R>([const { [MaybeUninit::uninit(); 4 * CHUNK] }; R]);
+    near.copy(tile.a, tile.stride, tile.b.len());
+    let of_columns = match scales {
+        Scales::Rows(_) => &[1.0; COLUMNS],
+        Scales::Columns(columns) | Scales::Both(_, columns) => columns,
+    };
+    for part in 0..COLUMNS / EIGHT {
+        let at = EIGHT * part;
+        // SAFETY: eight i32.
+        let acc = [unsafe { _mm256_loadu_si256(tile.init[at..][..EIGHT].as_ptr().cast()) }; R];
+        // SAFETY: as many steps as were copied.
+        let acc = unsafe { products(acc, &near, part, tile.b, tile.next) };
+        // SAFETY: eight f32.
+        let of_columns = unsafe { _mm256_loadu_ps(of_columns[at..][..EIGHT].as_ptr()) };
+        for (r, (acc, to)) in acc.iter().zip(&mut *to).enumerate() {
+            let scale = match scales {
+                Scales::Rows(rows) => _mm256_set1_ps(rows[r]),
+                Scales::Columns(_) => of_columns,
+                Scales::Both(rows, _) => _mm256_mul_ps(_mm256_set1_ps(rows[r]), of_columns),
+            };
+            let to = to[at..][..EIGHT].as_mut_ptr();
+            // SAFETY: eight f32.
+            unsafe { _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(*acc), scale, _mm256_loadu_ps(to))) };
         }
     }
+}
+
+/// Activations of a chunk's steps, side by side: where they lie they may be a power of two apart, which a cache does not like.
+struct Near<const R: usize>([[MaybeUninit<u8>; 4 * CHUNK]; R]);
+
+impl<const R: usize> Near<R> {
+    /// Copies R rows of some steps.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn copy(&mut self, a: &[u8], stride: usize, steps: usize) {
+        for (r, near) in self.0.iter_mut().enumerate() {
+            copy(&a[r * stride..][..4 * steps], near);
+        }
+    }
+}
+
+/// Adds the products of eight columns by `vpmaddubsw`, the only one of bytes that AVX2 has: unsigned times signed bytes, summed
+/// in pairs to 16 bits, which saturate. So that no pair can, the unsigned factor is the size of the weight, at most 128, and the
+/// signed one the activation less 128, with its bits flipped where the weight is negative: 2 x 128 x -128 is the least that 16
+/// bits hold. Flipped bits are the negative less 1, which [`with_left_out`] makes good for all rows at once.
+///
+/// # Safety
+/// `near` has as many steps as `b`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn products<const R: usize>(
+    mut acc: [__m256i; R],
+    near: &Near<R>,
+    part: usize,
+    b: &[Step],
+    next: &[Step],
+) -> [__m256i; R] {
+    let (ones, zero, top) = (_mm256_set1_epi16(1), _mm256_setzero_si256(), _mm256_set1_epi8(-128));
+    let near: *const [u8; 4 * CHUNK] = near.0.as_ptr().cast();
+    let next: *const i8 = next.as_ptr().cast();
+    for (k, step) in b.iter().enumerate() {
+        // A hint, which takes any address: behind `next` lies what comes after it.
+        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(size_of::<Step>() * k + 4 * EIGHT * part));
+        // SAFETY: a quarter of a step has 32 bytes.
+        let b = unsafe { _mm256_loadu_si256(step[4 * EIGHT * part..][..4 * EIGHT].as_ptr().cast()) };
+        let (size, flip) = (_mm256_abs_epi8(b), _mm256_xor_si256(_mm256_cmpgt_epi8(zero, b), top));
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: step k of what was copied.
+            let four = unsafe { near.add(r).cast::<i32>().add(k).read_unaligned() };
+            let pairs = _mm256_maddubs_epi16(size, _mm256_xor_si256(_mm256_set1_epi32(four), flip));
+            *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    acc
+}
+
+/// Copies `from` to the beginning of `to`, which is at least as long.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn copy(from: &[u8], to: &mut [MaybeUninit<u8>]) {
+    let (whole, tail) = from.as_chunks::<32>();
+    let (to, rest) = to.split_at_mut(32 * whole.len());
+    for (from, to) in whole.iter().zip(to.as_chunks_mut::<32>().0) {
+        // SAFETY: both have 32 bytes.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm256_loadu_si256(from.as_ptr().cast())) };
+    }
+    rest.iter_mut().zip(tail).for_each(|(to, &from)| {
+        to.write(from);
+    });
 }
 
 /// The products with one of the two encodings of 256-bit `vpdpbusd`: AVX-VNNI's, and AVX-512's for processors that have no
@@ -168,7 +260,7 @@ mod tests {
         let a: Vec<u8> = (0..3 * 52).map(|i| (i * 89 % 256) as u8).collect();
         let b: Vec<Step> = (0..13).map(|k| std::array::from_fn(|i| (k * 31 + i * 57) as u8 as i8)).collect();
         let init = std::array::from_fn(|i| i as i32 - 9);
-        let tile = Tile { a: &a, stride: 52, b: &b, init: &init, next: &[], prepared: None };
+        let tile = Tile { a: &a, stride: 52, b: &b, init: &init, next: &[] };
         let (mut want, mut got) = ([[0; COLUMNS]; 12], [[0; COLUMNS]; 12]);
         Portable.tile(3, tile, &mut want);
         tile.check(3);

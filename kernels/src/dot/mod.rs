@@ -5,13 +5,11 @@
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
-#[cfg(target_arch = "x86_64")]
-mod pairs;
 
 /// Most rows of a tile: 12 x 2 accumulators of 16 lanes, two weights and an activation fit in 32 registers.
 pub(crate) const ROWS: usize = 12;
@@ -32,12 +30,10 @@ pub(crate) struct Tile<'a> {
     pub(crate) a: &'a [u8],
     pub(crate) stride: usize,
     pub(crate) b: &'a [Step],
-    /// What the sums start from: takes the activations' offset away.
+    /// What the sums start from, by [`Dot::start`].
     pub(crate) init: &'a [i32; COLUMNS],
     /// Weights to fetch meanwhile, since the next tiles need them; not longer than `b`.
     pub(crate) next: &'a [Step],
-    /// The same weights made ready, where they are.
-    pub(crate) prepared: Option<Chunks<'a>>,
 }
 
 /// What a block's sums are multiplied by.
@@ -49,39 +45,16 @@ pub(crate) enum Scales<'a> {
     Both(&'a [f32; ROWS], &'a [f32; COLUMNS]),
 }
 
-/// A panel in the form that an instruction set multiplies fastest.
-#[cfg(target_arch = "x86_64")]
-pub(crate) use pairs::{Chunks, Prepared};
-
-/// No instruction set here has a form of its own.
-#[cfg(not(target_arch = "x86_64"))]
-mod unprepared {
-    #[derive(Debug, Default)]
-    pub(crate) struct Prepared(());
-
-    impl Prepared {
-        pub(crate) fn block(&self, _: usize) -> Chunks<'_> {
-            Chunks(self)
-        }
-    }
-
-    #[derive(Clone, Copy, Debug)]
-    pub(crate) struct Chunks<'a>(#[expect(dead_code, reason = "stands for a block")] &'a Prepared);
-}
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) use unprepared::{Chunks, Prepared};
-
 /// One instruction set's integer products.
 pub(crate) trait Dot {
-    /// Rows of a task from which on it pays to make its panels ready.
-    const PREPARED_ROWS: usize = usize::MAX;
-
-    /// Makes a panel ready whose blocks have `steps_of_block` steps.
+    /// What the sums over some weights start from: the corrections, which take the activations' offset away, and what this
+    /// instruction set's products leave out.
     #[inline(always)]
-    fn prepare(self, _panel: &[Step], _steps_of_block: usize, _to: &mut Prepared)
+    fn start(self, _b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS]
     where
         Self: Sized,
     {
+        corrections
     }
 
     /// Fills the first `rows` (1 to [`ROWS`]) rows of `sums`.

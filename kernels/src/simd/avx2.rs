@@ -4,7 +4,9 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{LANES, Simd};
+use super::{LANES, Simd, add_sums};
+use crate::dot::avx2::CHUNK;
+use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
 use crate::level::Work;
 
 /// The proof that AVX2, FMA and F16C are there; with `VNNI`, AVX-VNNI too.
@@ -40,6 +42,21 @@ type I = [__m256i; 2];
 const TO_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
 impl<const VNNI: bool> Simd for Avx2<VNNI> {
+    #[inline(always)]
+    fn add_tile(
+        self,
+        rows: usize,
+        tile: Tile<'_>,
+        scales: Scales<'_>,
+        sums: &mut Sums,
+        acc: &mut [[f32; COLUMNS]; ROWS],
+    ) {
+        if !VNNI && tile.b.len() <= CHUNK {
+            return Avx2::<false>(()).add_product(rows, tile, scales, acc);
+        }
+        add_sums(self, rows, tile, scales, sums, acc);
+    }
+
     type F = F;
     type I = I;
     const ACCUMULATORS: usize = 6;

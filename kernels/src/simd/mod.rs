@@ -85,18 +85,7 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
         sums: &mut Sums,
         acc: &mut [[f32; COLUMNS]; ROWS],
     ) {
-        self.tile(rows, tile, sums);
-        for (r, (acc, sums)) in acc.iter_mut().zip(&*sums).enumerate().take(rows) {
-            let (acc, sums) = (acc.as_chunks_mut::<LANES>().0, sums.as_chunks::<LANES>().0);
-            for (i, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
-                let scale = match scales {
-                    Scales::Rows(rows) => self.splat(rows[r]),
-                    Scales::Columns(columns) => self.load(&columns.as_chunks().0[i]),
-                    Scales::Both(rows, columns) => self.mul(self.splat(rows[r]), self.load(&columns.as_chunks().0[i])),
-                };
-                self.store(self.fma(self.to_f32(self.load_i32(sums)), scale, self.load(acc)), acc);
-            }
-        }
+        add_sums(self, rows, tile, scales, sums, acc);
     }
 
     /// The first `from.len()` lanes (at most 16), zero in the others.
@@ -119,5 +108,29 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
         let mut lanes = [0.0; LANES];
         self.store(v, &mut lanes);
         to.copy_from_slice(&lanes[..to.len()]);
+    }
+}
+
+/// [`Simd::add_tile`] by way of the sums.
+#[inline(always)]
+pub(crate) fn add_sums<S: Simd>(
+    s: S,
+    rows: usize,
+    tile: Tile<'_>,
+    scales: Scales<'_>,
+    sums: &mut Sums,
+    acc: &mut [[f32; COLUMNS]; ROWS],
+) {
+    s.tile(rows, tile, sums);
+    for (r, (acc, sums)) in acc.iter_mut().zip(&*sums).enumerate().take(rows) {
+        let (acc, sums) = (acc.as_chunks_mut::<LANES>().0, sums.as_chunks::<LANES>().0);
+        for (i, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
+            let scale = match scales {
+                Scales::Rows(rows) => s.splat(rows[r]),
+                Scales::Columns(columns) => s.load(&columns.as_chunks().0[i]),
+                Scales::Both(rows, columns) => s.mul(s.splat(rows[r]), s.load(&columns.as_chunks().0[i])),
+            };
+            s.store(s.fma(s.to_f32(s.load_i32(sums)), scale, s.load(acc)), acc);
+        }
     }
 }

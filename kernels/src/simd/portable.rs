@@ -31,7 +31,7 @@ fn tree<T: Copy>(mut v: [T; LANES], f: impl Fn(T, T) -> T) -> T {
 impl Simd for Portable {
     type F = F;
     type I = I;
-    const ACCUMULATORS: usize = 8;
+    const ACCUMULATORS: usize = 6;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {

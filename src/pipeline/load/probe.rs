@@ -194,6 +194,23 @@ pub(super) fn png_raw_exif(png: &[u8]) -> Option<Vec<u8>> {
     None
 }
 
+/// The first chunk of a kind in an extended WebP file, if the file has all of it. (`image-webp` makes room for whatever length the
+/// chunk states.)
+pub(super) fn webp_chunk<'a>(webp: &'a [u8], kind: &[u8; 4]) -> Option<&'a [u8]> {
+    let mut position = 12;
+    if &array::<4>(webp, position)? != b"VP8X" {
+        return None;
+    }
+    loop {
+        let length = u32::from_le_bytes(array(webp, position + 4)?) as usize;
+        let data = webp.get(position + 8..)?;
+        if &array::<4>(webp, position)? == kind {
+            return data.get(..length);
+        }
+        position += 8 + length.next_multiple_of(2);
+    }
+}
+
 /// Finds the next marker at or behind `position`: its code and the offset behind it. Skips
 /// entropy-coded data, stuffed bytes (`ff 00`), fill bytes (`ff ff`) and stray bytes, as libjpeg.
 pub(super) fn next_marker(bytes: &[u8], mut position: usize) -> Option<(u8, usize)> {
@@ -256,6 +273,25 @@ fn u16_le(bytes: &[u8], start: usize) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_chunk_of_a_webp_is_found_where_the_file_has_all_of_it() {
+        let file = |length: u32| {
+            let mut file = b"RIFF\x40\0\0\0WEBPVP8X\x0a\0\0\0\x08\0\0\0\x13\0\0\x10\0\0VP8 \x03\0\0\0abc\0EXIF".to_vec();
+            file.extend(length.to_le_bytes());
+            file.extend(b"Exif!");
+            file
+        };
+        assert_eq!(webp_chunk(&file(5), b"EXIF"), Some(&b"Exif!"[..]));
+        assert_eq!(webp_chunk(&file(5), b"VP8 "), Some(&b"abc"[..]));
+        assert_eq!(webp_chunk(&file(5), b"XMP "), None);
+        for length in [6, 0x7fff_ffff, u32::MAX] {
+            assert_eq!(webp_chunk(&file(length), b"EXIF"), None, "{length}");
+            assert_eq!(webp_chunk(&file(length), b"XMP "), None, "{length}");
+        }
+        let simple = b"RIFF\x10\0\0\0WEBPVP8 \x04\0\0\0abcdEXIF\x01\0\0\0x";
+        assert_eq!(webp_chunk(simple, b"EXIF"), None, "not an extended file");
+    }
 
     #[test]
     fn text_that_starts_like_a_bitmap_is_no_bitmap() {
