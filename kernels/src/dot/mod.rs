@@ -37,6 +37,10 @@ pub(crate) struct Tile<'a> {
     /// Weights to fetch meanwhile, since the next tiles need them; not longer than `b`.
     pub(crate) next: &'a [Step],
     /// The same weights made ready, where they are.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "no other instruction set has a form of its own")
+    )]
     pub(crate) prepared: Option<Chunks<'a>>,
 }
 
