@@ -29,9 +29,10 @@ pub fn check_folder(path: &Path) -> Result<()> {
         });
     }
     let trial = place.join(format!(".recaption-trial-{}", std::process::id()));
+    // Another machine's process of this number may be trying the same; and of a full disk those tell more who write to it.
+    let passed = [ErrorKind::AlreadyExists, ErrorKind::StorageFull, ErrorKind::QuotaExceeded];
     match std::fs::create_dir(&trial) {
-        // Another machine's process of this number may be trying the same.
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+        Err(error) if !passed.contains(&error.kind()) => {
             refuse(format!("nothing can be made in `{}` ({error})", place.display()))
         }
         _ => {

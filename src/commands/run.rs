@@ -194,8 +194,9 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
     if summary.is_interrupted && out.is_none() {
         lines.push("interrupted".to_owned());
     } else if summary.is_interrupted {
+        let are = if summary.num_journaled == 1 { "is" } else { "are" };
         lines.push(format!(
-            "interrupted: the journal keeps {} of shards in progress; the same command goes on after them",
+            "interrupted: {} of shards in progress {are} kept in the journal; the same command goes on after them",
             counted(summary.num_journaled, "finished row")
         ));
     }

@@ -91,7 +91,7 @@ impl Progress {
         let total = self.total();
         let of_total = if total > 0 { format!("/{total}") } else { String::new() };
         let eta = match total.checked_sub(rows) {
-            Some(left) if left > 0 && rate > 0.0 => {
+            Some(left) if left > 0 && rate > 0.0 && !self.is_over.load(Ordering::Acquire) => {
                 format!(", ETA {}", short_duration(Duration::from_secs_f64(left as f64 / rate)))
             }
             _ => String::new(),
