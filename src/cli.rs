@@ -306,11 +306,11 @@ pub struct RunArgs {
     /// --work-dir beside it. Example: --out captions
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Format of the files in --out
+    /// Format of the files in --out [default: parquet]
     ///
-    /// Example: --format jsonl
-    #[arg(long, value_enum, default_value_t = FormatArg::Parquet)]
-    pub format: FormatArg,
+    /// Standard output has JSON Lines only. Example: --format jsonl
+    #[arg(long, value_enum)]
+    pub format: Option<FormatArg>,
     /// Add the column token_ids
     ///
     /// Example: --with-token-ids
@@ -601,7 +601,7 @@ pub struct PlanArgs {
     /// As `recaption profile` does. Example: --measure
     #[arg(long)]
     pub measure: bool,
-    /// Scale from this run: a profile.json of `recaption profile`
+    /// Scale from this run: a profile.json of `recaption profile`, or the folder that it is in
     ///
     /// The device is the profile's, unless --device-kind names another of its sort; lengths, slots and batches are the profile's
     /// where nothing else is said. Example: --from profiles/today/profile.json
@@ -625,12 +625,12 @@ pub struct PlanArgs {
     /// Precision that a checkpoint would be exported with [default: fp16]
     ///
     /// Not with a bundle, which has its own. Example: --precision fp8
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, requires = "model")]
     pub precision: Option<PrecisionArg>,
     /// Target that a checkpoint would be exported for [default: ort, or tensorrt for fp8]
     ///
-    /// Example: --target tensorrt
-    #[arg(long, value_enum)]
+    /// Not with a bundle, which has its own. Example: --target tensorrt
+    #[arg(long, value_enum, requires = "model")]
     pub target: Option<TargetArg>,
     /// Tokens of text around the image [default: 40, or the profile's]
     ///

@@ -1,5 +1,6 @@
 //! A bundle's manifest, whatever the bundle does.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -33,9 +34,10 @@ impl BundleManifest {
             kind: BundleKind,
         }
         let path = bundle.join(FILE_NAME);
-        std::fs::metadata(bundle).map_err(Error::io("open bundle", bundle))?;
-        if !path.is_file() {
-            return Err(Error::NotABundle { path: bundle.to_owned() });
+        match std::fs::metadata(&path) {
+            Ok(found) if found.is_file() => {}
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Error::io("open", &path)(error)),
+            _ => return Err(Error::not_a_bundle(bundle)),
         }
         let text = read_at_most(&path, MAX_BYTES)?;
         let invalid = |reason: String| Error::InvalidConfig { path: path.clone(), reason };

@@ -32,11 +32,15 @@ pub enum Error {
         /// What to do.
         hint: &'static str,
     },
-    /// A folder has no manifest.
-    #[error("`{path}` is not a bundle: it has no manifest.json")]
+    /// A folder has no manifest, or there is no such folder.
+    #[error("`{path}` is not a bundle: {reason}")]
     NotABundle {
-        /// The folder.
+        /// What was named.
         path: PathBuf,
+        /// What is there instead.
+        reason: &'static str,
+        /// What to do.
+        hint: String,
     },
     /// A bundle does something else than what it was opened for.
     #[error("bundle `{path}` is a {found} bundle; {reader} takes a {wanted} bundle")]
@@ -192,6 +196,14 @@ pub enum Error {
     /// The user ended the export; nothing was left behind.
     #[error("export was interrupted; nothing was written")]
     Cancelled,
+    /// A folder is not one, or cannot be made or written to.
+    #[error("cannot write into `{path}`: {reason}")]
+    UnusableFolder {
+        /// The folder.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// The output folder exists.
     #[error("cannot write a bundle to `{path}`")]
     OutputExists {
@@ -214,8 +226,9 @@ impl Error {
                 Some(format!("fetch `{tower}` and give its folder with --vision-tower DIR"))
             }
             Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
-            Self::NotABundle { .. } => {
-                Some("make one with `recaption export CHECKPOINT_DIR --out BUNDLE_DIR`".to_owned())
+            Self::NotABundle { hint, .. } => Some(hint.clone()),
+            Self::UnusableFolder { .. } => {
+                Some("name a folder that you may write to, or a new one inside of it".to_owned())
             }
             Self::InvalidSafetensors { .. } => {
                 Some("the download may have been cut off; fetch the file again and compare its size".to_owned())
@@ -267,6 +280,21 @@ impl Error {
             names.push_str(", …");
         }
         Err(Self::UnexpectedTensors { count: unused.len(), names })
+    }
+
+    /// What `path`, which has no manifest, is instead.
+    pub(crate) fn not_a_bundle(path: &Path) -> Self {
+        let make = "`recaption export CHECKPOINT_DIR --out BUNDLE_DIR`";
+        let (reason, hint) = match std::fs::metadata(path) {
+            Err(_) => ("there is no such folder", format!("check the path, or make one with {make}")),
+            Ok(found) if !found.is_dir() => ("it is not a folder", format!("make one with {make}")),
+            Ok(_) if path.join("config.json").is_file() => (
+                "it has no manifest.json, but a checkpoint's config.json",
+                format!("make one of it with `recaption export {} --out BUNDLE_DIR`", path.display()),
+            ),
+            Ok(_) => ("it has no manifest.json", format!("make one with {make}")),
+        };
+        Self::NotABundle { path: path.to_owned(), reason, hint }
     }
 
     pub(crate) fn torch_file(error: TorchFileError) -> Self {

@@ -55,6 +55,7 @@ pub use crate::manifest::{
     Graphs, Manifest, PixelLayout, PixelValues, Precision, PromptSettings, Saturation, Source, Target, TensorSpec,
     VisionDims,
 };
+pub use crate::output::check_folder;
 pub use crate::processor_config::{Filter, Geometry, Preprocessing, ProcessorConfigError, Resize};
 pub use crate::quantize::Rounding;
 pub use crate::tokenizer_files::tokenizer_path;
@@ -143,7 +144,7 @@ impl ExportOptions {
             let hint = "the scales of fp8 activations are learned: leave --calibration out, or give a text file";
             return Err(Error::unsupported("--calibration none", "with --precision fp8", hint));
         }
-        let text = GraphFormat::of(self, self.precision)?;
+        let text = GraphFormat::of(self)?;
         Ok((GraphFormat::of_vision(self, self.vision_precision())?, text))
     }
 

@@ -1,5 +1,6 @@
 //! Where a bundle goes: written under a temporary name beside its place, renamed when it is whole.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -10,6 +11,36 @@ use crate::manifest::{self, BundleFile, BundleHeader, GraphFile, Saturation};
 
 /// Name of the bundle within the staging folder.
 const BUNDLE: &str = "bundle";
+
+/// Whether a folder may be made, or written to, at `path`. Leaves nothing behind.
+///
+/// # Errors
+/// [`Error::UnusableFolder`] with the reason.
+pub fn check_folder(path: &Path) -> Result<()> {
+    // A path's last ancestor, the empty one, is where the program runs.
+    let here = |part| if part == Path::new("") { Path::new(".") } else { part };
+    let mut parts = path.ancestors().map(here);
+    let place = parts.find(|part| part.symlink_metadata().is_ok()).unwrap_or(Path::new("."));
+    let refuse = |reason| Err(Error::UnusableFolder { path: path.to_owned(), reason });
+    if !place.is_dir() {
+        return refuse(match place == path {
+            true => "it is not a folder".to_owned(),
+            false => format!("`{}` is not a folder", place.display()),
+        });
+    }
+    let trial = place.join(format!(".recaption-trial-{}", std::process::id()));
+    // Another machine's process of this number may be trying the same; and of a full disk those tell more who write to it.
+    let passed = [ErrorKind::AlreadyExists, ErrorKind::StorageFull, ErrorKind::QuotaExceeded];
+    match std::fs::create_dir(&trial) {
+        Err(error) if !passed.contains(&error.kind()) => {
+            refuse(format!("nothing can be made in `{}` ({error})", place.display()))
+        }
+        _ => {
+            let _ = std::fs::remove_dir(&trial);
+            Ok(())
+        }
+    }
+}
 
 /// Where the bundle goes: written beside its final place, then renamed.
 pub(crate) struct OutputFolder {
@@ -25,6 +56,7 @@ impl OutputFolder {
             return refuse("it cannot be replaced; name a folder inside of it");
         }
         if folder.symlink_metadata().is_err() {
+            check_folder(folder)?;
             return Ok(Self { folder: folder.to_owned(), replaces: false });
         }
         let Ok(entries) = std::fs::read_dir(folder) else {

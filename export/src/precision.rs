@@ -61,11 +61,17 @@ impl LinearFormat {
 }
 
 impl GraphFormat {
-    /// The format of a graph whose weights have `precision`, which need not be the one that `options` name for the decoder.
+    /// The format of what reads tokens.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a precision that the target or the activations do not go with.
-    pub(crate) fn of(options: &ExportOptions, precision: Precision) -> Result<Self> {
+    pub(crate) fn of(options: &ExportOptions) -> Result<Self> {
+        Self::with(options, options.precision, false)
+    }
+
+    /// The format of a graph whose weights have `precision`, which for what reads images has a flag of its own.
+    fn with(options: &ExportOptions, precision: Precision, is_vision: bool) -> Result<Self> {
+        let flag = if is_vision { "--vision-precision" } else { "--precision" };
         let ExportOptions { target, activations, rounding, reduce_range, .. } = *options;
         let float = match (precision, activations) {
             (Precision::Fp32 | Precision::Int8, None | Some(Precision::Fp32)) => DataType::F32,
@@ -77,7 +83,7 @@ impl GraphFormat {
                 let hint = "int8-block and int4 take fp32 or fp16; the other precisions fix their activations";
                 return Err(Error::unsupported(
                     &format!("--activations {}", activations.name()),
-                    format!("with --precision {}", precision.name()),
+                    format!("with {flag} {}", precision.name()),
                     hint,
                 ));
             }
@@ -88,11 +94,16 @@ impl GraphFormat {
             }
             (Target::Ort, Precision::Fp8) => Some("only TensorRT runs fp8: add --target tensorrt"),
             (Target::Cpu, Precision::Int8) => None,
-            (Target::Cpu, _) => Some("this project's CPU operators take int8; or export with --target ort"),
+            (Target::Cpu, _) if is_vision => {
+                Some("leave it out: this project's CPU operators take int8 alone; or export with --target ort")
+            }
+            (Target::Cpu, _) => {
+                Some("add --precision int8: this project's CPU operators take no other; or export with --target ort")
+            }
             _ => None,
         };
         if let Some(hint) = refusal {
-            let flag = format!("--precision {}", precision.name());
+            let flag = format!("{flag} {}", precision.name());
             return Err(Error::unsupported(&flag, format!("with --target {}", target.name()), hint));
         }
         if target == Target::Cpu && reduce_range {
@@ -127,7 +138,7 @@ impl GraphFormat {
     /// # Errors
     /// Those of [`Self::of`].
     pub(crate) fn of_vision(options: &ExportOptions, precision: Precision) -> Result<Self> {
-        let format = Self::of(options, precision)?;
+        let format = Self::with(options, precision, true)?;
         match format.linear {
             LinearFormat::Float => Ok(Self { target: Target::TensorRt, ..format }),
             // Its activations have few outliers: one scale for a row does.

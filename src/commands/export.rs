@@ -1,6 +1,5 @@
 //! `recaption export`.
 
-use std::path::Path;
 use std::time::Instant;
 
 use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, tokenizer_path};
@@ -72,13 +71,15 @@ fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
     let learns = matches!(args.precision, Fp8 | Int8 | Int8Block | Int4);
     let text = match args.calibration.as_str() {
         "none" => return Ok(Calibration::None),
-        _ if !learns => return Ok(Calibration::None),
-        "random" => return Ok(Calibration::Random),
-        "captions" => CAPTIONS.to_owned(),
-        path => std::fs::read_to_string(path).map_err(Error::io("read", Path::new(path)))?,
+        "random" if learns => return Ok(Calibration::Random),
+        "random" | "captions" => CAPTIONS.to_owned(),
+        path => std::fs::read_to_string(path).map_err(|error| Error::Setting {
+            reason: format!("--calibration `{path}`: {error}"),
+            hint: "use captions, random, none, or the path of a text file".to_owned(),
+        })?,
     };
     // A CLIP in one file learns nothing from text: its export looks for the tokenizer itself.
-    if args.checkpoint.is_file() {
+    if args.checkpoint.is_file() || !learns {
         return Ok(Calibration::None);
     }
     let tokenizer = tokenizer_path(&args.checkpoint, args.tokenizer.as_deref())?;

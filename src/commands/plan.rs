@@ -5,10 +5,11 @@ mod table;
 use std::io::Write;
 use std::path::Path;
 
-use recaption_export::{ExportOptions, Precision, Target};
+use recaption_export::{ExportOptions, MANIFEST_FILE, Precision, Target};
 
 use crate::cli::PlanArgs;
 use crate::commands::Outcome;
+use crate::commands::profile::PROFILE_FILE;
 use crate::error::{Error, Result};
 use crate::plan::assumptions::{self, Range};
 use crate::plan::device::Device;
@@ -42,6 +43,7 @@ fn question(args: &PlanArgs) -> Result<Question> {
         return scaled(args, path);
     }
     let text = args.model.as_deref().unwrap_or_default();
+    refuse_form_of_bundle(args, text)?;
     let model = Model::find(text, form(args)?)?;
     let device = if args.measure { this_machine(&model)? } else { device(args)? };
     let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -72,12 +74,13 @@ fn question(args: &PlanArgs) -> Result<Question> {
 
 /// A question about what was profiled, unless the user says otherwise.
 fn scaled(args: &PlanArgs, path: &Path) -> Result<Question> {
-    let profile = Profile::read(path)?;
+    let profile = Profile::read(&if path.is_dir() { path.join(PROFILE_FILE) } else { path.to_owned() })?;
     let is_elsewhere = args.device_kind.is_some() || args.peak_tflops.is_some();
     let scaled = profiled::scale(&profile, is_elsewhere)?;
     let model = match &args.model {
         Some(text) => {
             let of_profile = Form { precision: scaled.model.precision, target: scaled.model.target };
+            refuse_form_of_bundle(args, text)?;
             let is_given = args.precision.is_some() || args.target.is_some();
             Model::find(text, if is_given { form(args)? } else { of_profile })?
         }
@@ -146,6 +149,23 @@ fn this_machine(model: &Model) -> Result<Device> {
 fn max_new_tokens(args: &PlanArgs, default: u32, mean: f64) -> usize {
     let mean = args.new_tokens.unwrap_or(mean).ceil() as usize;
     args.max_new_tokens.map_or((default as usize).max(mean), |max| max as usize)
+}
+
+/// # Errors
+/// [`Error::Setting`] when `model` is a bundle, which is exported already, and the user says how it would be.
+fn refuse_form_of_bundle(args: &PlanArgs, model: &str) -> Result<()> {
+    let flag = match (args.precision, args.target) {
+        (Some(_), _) => "--precision",
+        (None, Some(_)) => "--target",
+        (None, None) => return Ok(()),
+    };
+    if !Path::new(model).join(MANIFEST_FILE).is_file() {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        reason: format!("{flag}: `{model}` is a bundle, which has a precision and a target already"),
+        hint: format!("leave {flag} out, or name the checkpoint instead, its config.json, or a well-known captioner"),
+    })
 }
 
 /// How a checkpoint would be exported.

@@ -21,22 +21,24 @@ use crate::profile::{Profile, Setup, assemble, peaks, render_report, write_trace
 use crate::runtime::{Device, host};
 use crate::storage::Location;
 
-const PROFILE_FILE: &str = "profile.json";
+pub(super) const PROFILE_FILE: &str = "profile.json";
 const TRACE_FILE: &str = "trace.json";
 const REPORT_FILE: &str = "report.html";
 
 pub(super) fn execute(args: &ProfileArgs) -> anyhow::Result<Outcome> {
     let out = args.out.as_path();
-    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
-    // The real sink, so that writing is measured as it is; the folder goes when this returns.
-    let captions = tempfile::Builder::new().prefix(".captions-").tempdir_in(out).map_err(Error::io("create", out))?;
+    recaption_export::check_folder(out).map_err(Error::from)?;
     let mut options = captioning::prepare(Request {
         inputs: &args.inputs,
         model: &args.model,
         captioning: &args.captioning,
-        sink: Sink::Folder(OutputOptions::private(captions.path().to_owned())),
+        sink: Sink::StandardOutput,
         with_token_ids: false,
     })?;
+    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    // The real sink, so that writing is measured as it is; the folder goes when this returns.
+    let captions = tempfile::Builder::new().prefix(".captions-").tempdir_in(out).map_err(Error::io("create", out))?;
+    options.sink = Sink::Folder(OutputOptions::private(captions.path().to_owned()));
     let recorder = Recorder::new(true, None);
     options.recorder = (!args.no_record).then(|| recorder.clone());
     let setup = Setup::of(&options)?;

@@ -52,8 +52,12 @@ pub(super) fn choose(choice: ProviderChoice, gpus: &[i32], cpu_engines: usize, m
         ProviderChoice::Cuda => with(Device::Cuda),
         ProviderChoice::TensorRt => with(Device::TensorRt),
         ProviderChoice::Auto => {
-            let mut reasons = Vec::new();
-            for devices in [with(Device::TensorRt), with(Device::Cuda)] {
+            // Without a driver there is nothing to say of what CUDA would do.
+            let (candidates, mut reasons) = match runtime::has_nvidia_driver() {
+                true => (vec![with(Device::TensorRt), with(Device::Cuda)], vec![]),
+                false => (vec![], vec!["no NVIDIA driver".to_owned()]),
+            };
+            for devices in candidates {
                 let first = devices.first().copied().unwrap_or(Device::Cuda(0));
                 if let Some(reason) = why_not(first, manifest) {
                     reasons.push(reason);
@@ -157,6 +161,10 @@ pub(super) fn check_machine(devices: &[Device]) -> Result<()> {
     devices.iter().try_for_each(|&device| provider::probe(device))
 }
 
+/// What a processor without VNNI takes instead of int8 bundles of ONNX Runtime's operators.
+pub(super) const INT8_WITHOUT_VNNI: &str = "with --precision int8 --target cpu, which is exact and fast on any processor; or, for ONNX Runtime's own operators, with \
+     --precision int8-block or int8 --reduce-range";
+
 /// # Errors
 /// [`Error::Setting`] when this processor would sum the bundle's integers wrongly.
 pub(super) fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
@@ -168,7 +176,7 @@ pub(super) fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
     }
     Err(Error::Setting {
         reason: "this processor has no VNNI: ONNX Runtime's sums of 8-bit products would overflow".to_owned(),
-        hint: "export again with --reduce-range (7-bit weights), or with --precision int8-block".to_owned(),
+        hint: format!("export again {INT8_WITHOUT_VNNI}"),
     })
 }
 

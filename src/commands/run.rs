@@ -10,11 +10,12 @@ use serde_json::{Value, json};
 use crate::cli::{LimitArgs, RunArgs};
 use crate::commands::Outcome;
 use crate::commands::captioning::{self, Request};
+use crate::commands::inspect::numbers::counted;
 use crate::console::{print_error, print_line};
 use crate::error::{Error, Result};
 use crate::live::{self, Facts, Live};
 use crate::model::{Bundle, Prompt};
-use crate::pipeline::write::{Format, Sink, failures, fault, write_shared};
+use crate::pipeline::write::{Sink, failures, fault, write_shared};
 use crate::pipeline::{RunOptions, Summary};
 use crate::profile::recorder::Recorder;
 use crate::runtime::load_library;
@@ -28,7 +29,8 @@ pub(super) fn execute(args: &RunArgs) -> anyhow::Result<Outcome> {
     let (is_quiet, is_json, overwrite) = (args.captioning.quiet, args.json, args.overwrite);
     // Before anything else: a port that is taken should cost nobody a model that loads for minutes.
     let address = args.metrics.map(live::listen).transpose()?;
-    let (mut options, settings) = prepare(args)?;
+    let place = output::place(args)?;
+    let (mut options, settings) = prepare(args, place)?;
     if let Some(address) = address {
         if !is_quiet {
             print_line(&format!("metrics: http://{address}/metrics"));
@@ -94,7 +96,7 @@ fn facts(options: &RunOptions) -> Facts {
 }
 
 /// Checks everything that can be checked before the first image.
-fn prepare(args: &RunArgs) -> Result<(RunOptions, Value)> {
+fn prepare(args: &RunArgs, place: Option<Location>) -> Result<(RunOptions, Value)> {
     if let Some(fault) = args.inject_io_error {
         fault::inject(fault);
     }
@@ -105,9 +107,9 @@ fn prepare(args: &RunArgs) -> Result<(RunOptions, Value)> {
         sink: Sink::StandardOutput,
         with_token_ids: args.with_token_ids,
     })?;
-    let settings = settings(args, &options.bundle, &options.prompt, args.format.into())?;
-    if let Some(folder) = &args.out {
-        options.sink = Sink::Folder(output::options(&output::location(folder)?, args, &settings)?);
+    let settings = settings(args, &options.bundle, &options.prompt)?;
+    if let Some(folder) = place {
+        options.sink = Sink::Folder(output::options(folder, args, &settings)?);
     }
     options.max_failures = args.max_failures;
     options.part = args.part;
@@ -126,7 +128,7 @@ fn settings_of(limits: &LimitArgs) -> Value {
 }
 
 /// `run.json`: what decides the captions. A run into the same folder must agree with it.
-fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) -> Result<Value> {
+fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt) -> Result<Value> {
     let manifest = &bundle.manifest;
     Ok(json!({
         "recaption": env!("CARGO_PKG_VERSION"),
@@ -142,7 +144,7 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
             "limit": args.captioning.limit,
             "image_column": args.captioning.image_column,
             "limits": settings_of(&args.captioning.limits),
-            "format": format,
+            "format": output::format(args),
         },
     }))
 }
@@ -150,15 +152,20 @@ fn settings(args: &RunArgs, bundle: &Bundle, prompt: &Prompt, format: Format) ->
 fn describe(summary: &Summary, out: Option<&Location>) -> String {
     let counts = &summary.counts;
     let mut lines = vec![format!(
-        "{} rows: {} ok, {} failed; {:.1} s to load, {:.1} s to run, {:.2} images/s, {} new tokens",
-        counts.rows,
+        "{}: {} ok, {} failed; {:.1} s to load, {:.1} s to run",
+        counted(counts.rows, "row"),
         counts.ok,
         counts.failed,
         summary.load_seconds,
         summary.run_seconds,
-        summary.images_per_second,
-        counts.new_tokens
     )];
+    // Of nothing there is no rate.
+    if counts.ok > 0 && summary.images_per_second > 0.0 {
+        lines[0] += &format!(", {:.2} images/s", summary.images_per_second);
+    }
+    if counts.ok > 0 {
+        lines[0] += &format!(", {}", counted(counts.new_tokens, "new token"));
+    }
     for failure in &summary.failed_engines {
         lines.push(format!("{failure}; its images went to the other engines"));
     }
@@ -166,16 +173,20 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
     lines.extend(reasons.into_iter().map(|reason| format!("failed: {reason}")));
     match counts.failures.len().saturating_sub(SHOWN_REASONS) {
         0 => {}
-        more => lines.push(format!("failed: {more} more reasons, see summary.json")),
+        more => lines.push(format!("failed: {}, see summary.json", counted(more as u64, "more reason"))),
     }
     if let [first, ..] = &summary.busy_shards[..] {
-        let count = summary.busy_shards.len();
-        lines.push(format!(
-            "{count} shards are in work in other processes, `{first}` among them, and were left to those"
-        ));
+        lines.push(match summary.busy_shards.len() {
+            1 => format!("shard `{first}` is in work in another process, and was left to that"),
+            count => {
+                format!("{count} shards are in work in other processes, `{first}` among them, and were left to those")
+            }
+        });
     }
-    if summary.num_earlier_rows > 0 {
-        lines.push(format!("{} of the rows are of earlier runs, and were not done again", summary.num_earlier_rows));
+    match summary.num_earlier_rows {
+        0 => {}
+        1 => lines.push("1 of the rows is of an earlier run, and was not done again".to_owned()),
+        count => lines.push(format!("{count} of the rows are of earlier runs, and were not done again")),
     }
     if let Some(out) = out {
         lines.push(format!("captions in `{out}`"));
@@ -183,9 +194,10 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
     if summary.is_interrupted && out.is_none() {
         lines.push("interrupted".to_owned());
     } else if summary.is_interrupted {
+        let are = if summary.num_journaled == 1 { "is" } else { "are" };
         lines.push(format!(
-            "interrupted: {} finished rows of shards in progress are kept in the journal; the same command goes on after them",
-            summary.num_journaled
+            "interrupted: {} of shards in progress {are} kept in the journal; the same command goes on after them",
+            counted(summary.num_journaled, "finished row")
         ));
     }
     lines.join("\n")

@@ -75,7 +75,8 @@ impl Input {
             Ok(input) => Ok(input),
             Err(_) => refuse(
                 "not an image, a folder, a tar or a parquet file, by its name",
-                "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp, webdataset shards in .tar, .tar.gz or .tgz",
+                "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp, webdataset shards in .tar, .tar.gz or .tgz, Parquet files in \
+                 .parquet; a list of paths goes to standard input: recaption run - < LIST",
             ),
         }
     }

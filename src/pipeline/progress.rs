@@ -81,21 +81,26 @@ impl Progress {
         }
     }
 
-    /// `captioned 12400/50000 (3 failed), 41.2 img/s, decode 1830 tok/s, ETA 15m12s`
+    /// `captioned 12400/50000 (3 failed), 41.2 img/s, decode 1830 tok/s, ETA 15m12s`, without rates as long as nothing is captioned.
     fn line(&self) -> String {
-        let (rows, failed) = (self.num_rows(), self.failed.load(Ordering::Relaxed));
+        let (ok, failed) = (self.ok.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed));
+        let rows = ok + failed;
         let seconds = self.elapsed().as_secs_f64().max(1e-9);
         let rate = rows as f64 / seconds;
         let token_rate = self.tokens.load(Ordering::Relaxed) as f64 / seconds;
         let total = self.total();
         let of_total = if total > 0 { format!("/{total}") } else { String::new() };
         let eta = match total.checked_sub(rows) {
-            Some(left) if left > 0 && rate > 0.0 => {
+            Some(left) if left > 0 && rate > 0.0 && !self.is_over.load(Ordering::Acquire) => {
                 format!(", ETA {}", short_duration(Duration::from_secs_f64(left as f64 / rate)))
             }
             _ => String::new(),
         };
-        format!("captioned {rows}{of_total} ({failed} failed), {rate:.1} img/s, decode {token_rate:.0} tok/s{eta}")
+        let rates = match ok {
+            0 => String::new(),
+            _ => format!(", {rate:.1} img/s, decode {token_rate:.0} tok/s"),
+        };
+        format!("captioned {ok}{of_total} ({failed} failed){rates}{eta}")
     }
 
     fn write_lines(&self) {

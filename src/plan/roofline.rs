@@ -109,7 +109,9 @@ impl<'a> Costs<'a> {
                     precision.name()
                 ),
                 hint: match device.is_gpu {
-                    true => "plan with --precision fp16, int8-block or int4".to_owned(),
+                    true => "use --precision fp16, int8-block or int4; for a bundle, which has its own, name its checkpoint or a \
+                             config.json instead"
+                        .to_owned(),
                     false => "measure this machine with --measure, or plan from a profile with --from".to_owned(),
                 },
             })

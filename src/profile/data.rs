@@ -68,13 +68,13 @@ impl Profile {
     /// Reads a `profile.json`.
     ///
     /// # Errors
-    /// [`Error::Io`] when the file cannot be read, [`Error::Setting`] when it is not a profile of this version.
+    /// [`Error::Setting`] when the file cannot be read, or is not a profile of this version.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         let wrong = |reason: String| Error::Setting {
             reason: format!("`{}`: {reason}", path.display()),
             hint: "make one with `recaption profile INPUT --model BUNDLE_DIR --out DIR`".to_owned(),
         };
+        let bytes = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
         let value: serde_json::Value =
             serde_json::from_slice(&bytes).map_err(|error| wrong(format!("not a profile: {error}")))?;
         match value["version"].as_u64() {

@@ -164,7 +164,7 @@ pub struct Recorder {
 /// What a recorder has been given.
 #[derive(Default)]
 pub struct Records {
-    /// One for each thread, in the order they ended.
+    /// One for each thread, in the order of the stages and of the threads' numbers.
     pub tracks: Vec<Track>,
     /// How much each stage's queue holds.
     pub queue_capacities: Vec<(Stage, usize)>,
@@ -208,12 +208,23 @@ impl Recorder {
     /// Takes what has been handed in; call it when the run is over.
     #[must_use]
     pub fn take(&self) -> Records {
-        std::mem::take(&mut self.records())
+        let mut records = std::mem::take(&mut *self.records());
+        // Until here they are in the order they ended.
+        records.tracks.sort_by_key(|track| place(&track.name));
+        records
     }
 
     fn records(&self) -> std::sync::MutexGuard<'_, Records> {
         self.records.lock().expect("bug: nobody panics with the lock held")
     }
+}
+
+/// Where a thread stands among the others, by its name: `load-0` to `load-11`, then `preprocess-0`.
+fn place(name: &str) -> (usize, usize) {
+    let (kind, number) = name.rsplit_once('-').unwrap_or((name, ""));
+    let stage = Stage::ALL.into_iter().position(|stage| stage.name() == kind);
+    // Engines have three stages, and these are in the middle.
+    (stage.unwrap_or(Stage::Vision as usize), number.parse().unwrap_or(0))
 }
 
 thread_local! {
@@ -678,6 +689,13 @@ mod tests {
         });
         assert!(thread.join().is_err());
         assert_eq!(recorder.take().tracks[0].stage(Stage::Decode).unwrap().num_spans, 1);
+    }
+
+    #[test]
+    fn threads_are_in_the_order_of_their_stages_and_numbers() {
+        let mut names = ["write", "engine-10", "preprocess-0", "load-2", "engine-9", "load-11", "source"];
+        names.sort_by_key(|name| place(name));
+        assert_eq!(names, ["source", "load-2", "load-11", "preprocess-0", "engine-9", "engine-10", "write"]);
     }
 
     #[test]

@@ -105,10 +105,9 @@ fn microseconds(nanoseconds: u64) -> f64 {
 fn timeline(profile: &Profile, records: &Records) -> Timeline {
     let origin_ns = records.start_ns();
     let end_ns = records.tracks.iter().map(|track| track.ended_ns).max().unwrap_or(0);
-    let mut tracks: Vec<&Track> = records.tracks.iter().collect();
-    tracks.sort_by_key(|track| (first_stage(track), track.name.clone()));
+    let tracks = &records.tracks;
     let num_slices: usize = tracks.iter().map(|track| slices(track, origin_ns).count()).sum();
-    let lane = |track: &&Track| {
+    let lane = |track: &Track| {
         let all = slices(track, origin_ns);
         let slices =
             if num_slices > MAX_SLICES { pieces(all, microseconds(end_ns - origin_ns)) } else { all.collect() };
@@ -165,10 +164,6 @@ fn captions_in_flight(track: &Track) -> Vec<(u64, u32)> {
         (moment, num_active)
     });
     points.collect()
-}
-
-fn first_stage(track: &Track) -> usize {
-    Stage::ALL.into_iter().position(|stage| track.stage(stage).is_some()).unwrap_or(Stage::ALL.len())
 }
 
 fn slices(track: &Track, origin_ns: u64) -> impl Iterator<Item = Slice> {

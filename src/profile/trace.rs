@@ -55,7 +55,7 @@ fn write_track(events: &mut Events<'_>, thread: u32, track: &Track, origin_ns: u
     let metadata =
         |name: &str, args: Value| json!({"ph": "M", "pid": PROCESS, "tid": thread, "name": name, "args": args});
     events.write(&metadata("thread_name", json!({"name": track.name})))?;
-    events.write(&metadata("thread_sort_index", json!({"sort_index": sort_index(track)})))?;
+    events.write(&metadata("thread_sort_index", json!({"sort_index": thread})))?;
     for span in &track.spans {
         let slice = |name: &str, category: &str, start_ns: u64, duration_ns: u64, args: Value| {
             json!({
@@ -101,9 +101,4 @@ fn counters(track: &Track, span: &Span) -> Vec<(String, &'static str, u32)> {
             vec![depth(Stage::Vision), (format!("slots of {}", track.name), "captions", span.work.num_images)]
         }
     }
-}
-
-/// Threads in the order of their stages.
-fn sort_index(track: &Track) -> usize {
-    Stage::ALL.into_iter().position(|stage| track.stage(stage).is_some()).unwrap_or(Stage::ALL.len())
 }

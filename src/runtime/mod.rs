@@ -45,6 +45,11 @@ pub(crate) fn num_gpus() -> Result<i32> {
     cuda::num_devices()
 }
 
+/// Whether NVIDIA's driver is installed.
+pub(crate) fn has_nvidia_driver() -> bool {
+    gpu::libraries::driver_cuda_version().is_some()
+}
+
 /// The machine's GPUs by their names, as far as the driver tells.
 pub(crate) fn gpu_names() -> Option<Vec<String>> {
     let driver = nvml::driver().ok()?;

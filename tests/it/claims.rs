@@ -43,7 +43,7 @@ fn a_shard_that_another_process_has_is_left_to_it() {
     let output = run(&paths(&inputs), &out, &[]);
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(0), "{message}");
-    assert!(message.contains("1 shards are in work in other processes, `1` among them"), "{message}");
+    assert!(message.contains("shard `1` is in work in another process"), "{message}");
     assert_eq!(read_json(&out.join("summary.json"))["busy_shards"], serde_json::json!(["1"]));
     assert_eq!(keys(&parquet_rows(&out)), ["0000", "0002"]);
     drop(other);

@@ -71,7 +71,10 @@ fn check_the_rest(case: &Case, num_kept: usize, extra: &[&str]) {
     let format = [&["--format", "webdataset"][..], extra].concat();
     let rest = run(&[&case.tar], &case.out, &format);
     assert_eq!(rest.status.code(), Some(0), "{}", stderr(&rest));
-    let told = format!("{num_kept} of the rows are of earlier runs, and were not done again");
+    let told = match num_kept {
+        1 => "1 of the rows is of an earlier run, and was not done again".to_owned(),
+        _ => format!("{num_kept} of the rows are of earlier runs, and were not done again"),
+    };
     assert!(stderr(&rest).contains(&told), "{}", stderr(&rest));
     let undisturbed = case.folder.path().join("undisturbed");
     assert_eq!(run(&[&case.tar], &undisturbed, &format[..2]).status.code(), Some(0));

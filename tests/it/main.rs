@@ -15,6 +15,7 @@ mod engines;
 mod full_disk;
 mod fuzz_seeds;
 mod golden;
+mod hints;
 mod hostile;
 mod independence;
 mod inspect;

@@ -166,6 +166,7 @@ fn a_profile_predicts_its_own_run_and_scales_to_others() {
     let file = out.path().join("profile.json");
     let (profile, file) = (read_json(&file), file.to_str().unwrap().to_owned());
     let from = |tail: &[&str]| plan_json(&[&["--from", &file], tail].concat());
+    assert_eq!(plan_json(&["--from", out_text]), from(&[]), "the folder stands for the file in it");
 
     // Batches add up to their stages.
     for stage in ["vision", "prefill", "decode"] {

@@ -271,7 +271,10 @@ fn what_does_not_go_together_is_refused_by_name() {
             "--activations fp16 is not supported: with --precision int8",
         ),
         (&["--precision", "fp16", "--activations", "fp32"], "--activations fp32 is not supported"),
-        (&["--vision-precision", "int8-block", "--target", "tensorrt"], "--precision int8-block is not supported"),
+        (
+            &["--vision-precision", "int8-block", "--target", "tensorrt"],
+            "--vision-precision int8-block is not supported",
+        ),
     ];
     for (flags, reason) in cases {
         let mut args = vec!["export", checkpoint.to_str().unwrap(), "--out", out.to_str().unwrap()];

@@ -162,7 +162,7 @@ fn a_process_whose_shard_was_taken_over_while_it_slept_leaves_it() {
     let first = get(&server, "captions-0.parquet").unwrap();
     let slept = sleeper.wait_with_output().unwrap();
     assert_eq!(slept.status.code(), Some(0), "{}", stderr(&slept));
-    assert!(stderr(&slept).contains("1 shards are in work in other processes"), "{}", stderr(&slept));
+    assert!(stderr(&slept).contains("shard `0` is in work in another process"), "{}", stderr(&slept));
     assert!(get(&server, "captions-0.parquet").unwrap() == first, "the shard is the other's");
     // Had it been past its last look, it would have written the same: as a run that takes no claims does here.
     assert_eq!(server.request("DELETE", "/bucket/out/captions-0.parquet", b"").0, 204);

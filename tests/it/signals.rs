@@ -59,7 +59,10 @@ fn an_interrupt_keeps_what_is_finished_and_says_so() {
         let message = stderr(&output);
         assert_eq!(output.status.code(), Some(130), "SIG{name}: {message}");
         let kept = journal_rows(&case.out.join("journal/0.journal")).len();
-        let told = format!("interrupted: {kept} finished rows of shards in progress are kept in the journal");
+        let told = match kept {
+            1 => "interrupted: 1 finished row of shards in progress is kept in the journal".to_owned(),
+            _ => format!("interrupted: {kept} finished rows of shards in progress are kept in the journal"),
+        };
         assert!(message.contains(&told), "SIG{name}: {message}");
         assert_eq!(read_json(&case.out.join("summary.json"))["rows"], 0, "no shard is whole");
         check_rest(&case, num_rows);

@@ -368,7 +368,7 @@ fn a_graph_that_is_wrong_everywhere_is_not_told_at_length() {
 
 #[test]
 fn export_refuses_a_graph_that_its_gpu_could_not_run_whole() {
-    let format = GraphFormat::of(&ExportOptions::default(), Precision::Bf16).unwrap();
+    let format = GraphFormat::of(&ExportOptions { precision: Precision::Bf16, ..ExportOptions::default() }).unwrap();
     let write = |graph: GraphBuilder<'_>| {
         let folder = tempfile::tempdir().unwrap();
         let result = graph.write(folder.path(), &AtomicBool::new(false));

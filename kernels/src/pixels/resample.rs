@@ -35,6 +35,7 @@ struct Output {
 
 /// Weights of four pixels, `(high << LOW_BITS) + low`; zero where there are fewer.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "read by the AVX2 form"))]
 struct Group {
     high: [i16; GROUP],
     low: [i16; GROUP],

@@ -154,15 +154,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn store_i32(self, v: I, to: &mut [i32; LANES]) {
-        let to: *mut __m256i = to.as_mut_ptr().cast();
-        has!({
-            _mm256_storeu_si256(to, v[0]);
-            _mm256_storeu_si256(to.add(1), v[1]);
-        });
-    }
-
-    #[inline(always)]
     fn add_i32(self, a: I, b: I) -> I {
         has!([_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])])
     }
@@ -236,7 +227,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     fn largest_i32(self, v: I) -> i32 {
         let mut lanes = [0; LANES];
-        self.store_i32(v, &mut lanes);
+        let to: *mut __m256i = lanes.as_mut_ptr().cast();
+        has!({
+            _mm256_storeu_si256(to, v[0]);
+            _mm256_storeu_si256(to.add(1), v[1]);
+        });
         lanes.into_iter().fold(i32::MIN, i32::max)
     }
 }

@@ -121,11 +121,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn store_i32(self, v: __m512i, to: &mut [i32; LANES]) {
-        has!(_mm512_storeu_si512(to.as_mut_ptr().cast(), v));
-    }
-
-    #[inline(always)]
     fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
         has!(_mm512_add_epi32(a, b))
     }

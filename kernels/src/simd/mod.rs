@@ -53,7 +53,6 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
 
     fn splat_i32(self, x: i32) -> Self::I;
     fn load_i32(self, from: &[i32; LANES]) -> Self::I;
-    fn store_i32(self, v: Self::I, to: &mut [i32; LANES]);
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
     fn max_i32(self, a: Self::I, b: Self::I) -> Self::I;
     fn and_i32(self, a: Self::I, b: Self::I) -> Self::I;

@@ -52,7 +52,6 @@ impl Simd for Neon {
         first(n: usize, a: F, b: F) -> F;
         splat_i32(x: i32) -> I;
         load_i32(from: &I) -> I;
-        store_i32(v: I, to: &mut I);
         add_i32(a: I, b: I) -> I;
         max_i32(a: I, b: I) -> I;
         and_i32(a: I, b: I) -> I;

@@ -109,11 +109,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn store_i32(self, v: I, to: &mut I) {
-        *to = v;
-    }
-
-    #[inline(always)]
     fn add_i32(self, a: I, b: I) -> I {
         zip(a, b, i32::wrapping_add)
     }

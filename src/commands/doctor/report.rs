@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::commands::inspect::numbers::counted;
 use crate::commands::provider;
 use crate::error::{Error, Result};
 use crate::model::Bundle;
@@ -313,10 +314,10 @@ impl Report {
         let sets: Vec<&str> =
             processor.instruction_sets.iter().filter(|(_, is_there)| **is_there).map(|(name, _)| *name).collect();
         let name = processor.name.as_deref().unwrap_or(processor.architecture);
-        let text = format!("{name}, {} cores, {}", processor.cores, sets.join(" "));
+        let text = format!("{name}, {}, {}", counted(processor.cores as u64, "core"), sets.join(" "));
         let slow = (!host::sums_8_bit_products_exactly())
-            .then_some("no VNNI: export int8 bundles with --reduce-range, or int8-block");
-        Line { is_good: true, subject: "processor", text, hint: slow }.fmt(f)?;
+            .then(|| format!("no VNNI: for 8-bit weights export {}", provider::INT8_WITHOUT_VNNI));
+        Line { is_good: true, subject: "processor", text, hint: slow.as_deref() }.fmt(f)?;
         if let Some(bytes) = self.memory_available_bytes {
             let text = format!("{} GiB available", gib(bytes));
             Line { is_good: true, subject: "memory", text, hint: None }.fmt(f)?;

@@ -15,6 +15,11 @@ pub(in crate::commands) fn count(count: u64) -> String {
     scaled(count, ["", "k", "M", "G", "T", "P", "E"]).trim_end().to_owned()
 }
 
+/// `1 row`, `2 rows`
+pub(in crate::commands) fn counted(count: u64, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 /// `12.3 ms`
 pub(in crate::commands) fn duration(seconds: f64) -> String {
     // From nanoseconds up the units are a thousand apart; above a second there is no other unit to take.

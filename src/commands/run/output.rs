@@ -8,30 +8,31 @@ use recaption_export::hex;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::cli::RunArgs;
+use crate::cli::{FormatArg, RunArgs};
 use crate::commands::run::SUMMARY_FILE;
 use crate::error::{Error, Result};
-use crate::pipeline::write::OutputOptions;
 use crate::pipeline::write::claim::OutputLock;
 use crate::pipeline::write::output::is_output_name;
-use crate::pipeline::write::{create_folder, write_new};
+use crate::pipeline::write::{Format, OutputOptions, create_folder, write_new};
 use crate::storage::Location;
 
 const SETTINGS_FILE: &str = "run.json";
 const LOCK_FILE: &str = "run.lock";
 const MAX_SETTINGS_BYTES: u64 = 16 << 20;
 
-/// The place that `--out` names: a path or a URL.
-pub(super) fn location(out: &Path) -> Result<Location> {
-    let Some(text) = out.to_str() else { return Ok(out.into()) };
-    Location::parse(text).map_err(|error| Error::Setting {
-        reason: format!("--out: {error}"),
-        hint: "use a folder, s3://bucket/prefix, gs:// or az://".to_owned(),
-    })
+/// The format of the files.
+pub(super) fn format(args: &RunArgs) -> Format {
+    args.format.unwrap_or(FormatArg::Parquet).into()
 }
 
-/// What the pipeline is told of the output folder.
-pub(super) fn options(folder: &Location, args: &RunArgs, settings: &Value) -> Result<OutputOptions> {
+/// The place that `--out` names, a path or a URL, if rows can be written there: as far as that can be told before anything
+/// takes time.
+///
+/// # Errors
+/// [`Error::Setting`] where it is no place for the output, or of a flag that goes with another one.
+pub(super) fn place(args: &RunArgs) -> Result<Option<Location>> {
+    let Some(out) = &args.out else { return refuse_files(args).map(|()| None) };
+    let folder = location(out)?;
     if !folder.is_writable() {
         return Err(Error::Setting {
             reason: format!("--out `{folder}`: web servers are only read from"),
@@ -44,6 +45,34 @@ pub(super) fn options(folder: &Location, args: &RunArgs, settings: &Value) -> Re
             hint: "add --work-dir with a folder on a local disk, the same each time".to_owned(),
         });
     }
+    for folder in folder.local_path().into_iter().chain(args.work_dir.as_deref()) {
+        recaption_export::check_folder(folder)?;
+    }
+    Ok(Some(folder))
+}
+
+/// # Errors
+/// [`Error::Setting`] when a format is asked for that standard output does not have.
+fn refuse_files(args: &RunArgs) -> Result<()> {
+    match format(args) {
+        format if args.format.is_none() || format == Format::Jsonl => Ok(()),
+        format => Err(Error::Setting {
+            reason: format!("--format {} makes files, and there is no --out for them", format.name()),
+            hint: "add --out DIR; without it rows go to standard output as JSON Lines".to_owned(),
+        }),
+    }
+}
+
+fn location(out: &Path) -> Result<Location> {
+    let Some(text) = out.to_str() else { return Ok(out.into()) };
+    Location::parse(text).map_err(|error| Error::Setting {
+        reason: format!("--out: {error}"),
+        hint: "use a folder, s3://bucket/prefix, gs:// or az://".to_owned(),
+    })
+}
+
+/// What the pipeline is told of the output folder.
+pub(super) fn options(folder: Location, args: &RunArgs, settings: &Value) -> Result<OutputOptions> {
     // Several outputs may have one work folder.
     let work_folder = match &args.work_dir {
         Some(work_folder) => {
@@ -58,8 +87,8 @@ pub(super) fn options(folder: &Location, args: &RunArgs, settings: &Value) -> Re
         None => None,
     };
     Ok(OutputOptions {
-        folder: folder.clone(),
-        format: args.format.into(),
+        folder,
+        format: format(args),
         work_folder,
         settings: fingerprint(&settings["settings"].to_string()),
         sync_interval: Duration::from_secs_f64(args.sync_interval),

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -313,11 +313,15 @@ fn check_identity(shard: &Shard, finished: &FinishedShard, identity: &str) -> Re
 /// # Errors
 /// The reason of a failed row.
 pub(super) fn read_file(path: &Path, max_bytes: u64) -> std::result::Result<Bytes, String> {
-    let reason = |error: std::io::Error| error.to_string();
+    let reason = |error: std::io::Error| match error.kind() {
+        ErrorKind::NotFound => format!("there is no file `{}`", path.display()),
+        _ => format!("cannot read `{}`: {error}", path.display()),
+    };
     let metadata = std::fs::metadata(path).map_err(reason)?;
     // A pipe would keep the run waiting, and a device never end.
     if !metadata.is_file() {
-        return Err("not a file".to_owned());
+        let found = if metadata.is_dir() { "a folder" } else { "a pipe or device" };
+        return Err(format!("`{}` is {found}, not a file", path.display()));
     }
     check_size(metadata.len(), max_bytes)?;
     let mut bytes = Vec::with_capacity(metadata.len() as usize);

@@ -41,7 +41,7 @@ pub(crate) struct Origin {
     pub(crate) fix: &'static str,
 }
 
-const DRIVER: Origin = Origin {
+pub(super) const DRIVER: Origin = Origin {
     what: "NVIDIA driver",
     fix: "install the NVIDIA driver; in a container, start it with the GPUs (`docker run --gpus all`)",
 };

@@ -7,9 +7,9 @@ pub(crate) mod nvml;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::runtime::gpu::libraries::{Location, NeededLibrary, Origin};
-use crate::runtime::load_library;
+use crate::runtime::gpu::libraries::{DRIVER, Location, NeededLibrary, Origin};
 use crate::runtime::provider::Device;
+use crate::runtime::{self, load_library};
 
 /// CUDA releases of each major version need a driver of at least this one (CUDA release notes, table "CUDA Toolkit and
 /// Corresponding Driver Versions").
@@ -37,17 +37,18 @@ pub(crate) fn needed_libraries(device: Device) -> Result<Vec<NeededLibrary>> {
     for (provider, file) in providers(device) {
         let path = folder.join(file);
         if !path.is_file() {
-            return Err(Error::Provider {
-                provider: device.name(),
-                reason: format!(
-                    "ONNX Runtime at `{}` comes without {provider}: `{file}` is not beside it{}",
-                    runtime.path.display(),
-                    if libraries::driver_cuda_version().is_some() { "" } else { "; and there is no NVIDIA driver" }
-                ),
-                hint: "run scripts/fetch_onnxruntime.sh --gpu, or point ORT_DYLIB_PATH at the library of the \
-                       onnxruntime-gpu wheel; or use --provider cpu"
-                    .to_owned(),
-            });
+            let reason = format!(
+                "ONNX Runtime at `{}` comes without {provider}: `{file}` is not beside it",
+                runtime.path.display()
+            );
+            let fix = "run scripts/fetch_onnxruntime.sh --gpu, or point ORT_DYLIB_PATH at the library of the \
+                       onnxruntime-gpu wheel; or use --provider cpu";
+            let (reason, hint) = match runtime::has_nvidia_driver() {
+                true => (reason, fix.to_owned()),
+                // First things first: a library alone would help nobody.
+                false => (format!("there is no NVIDIA driver; and {reason}"), format!("{}; then {fix}", DRIVER.fix)),
+            };
+            return Err(Error::Provider { provider: device.name(), reason, hint });
         }
         for library in libraries::needed_by(&path)? {
             if !needed.iter().any(|known| known.name == library) {
@@ -80,8 +81,10 @@ fn check_build(device: Device) -> Result<()> {
 pub(crate) fn check_libraries(device: Device) -> Result<()> {
     let needed = needed_libraries(device)?;
     check_build(device)?;
-    let missing: Vec<&NeededLibrary> =
+    let mut missing: Vec<&NeededLibrary> =
         needed.iter().filter(|library| matches!(library.location, Location::Missing(_))).collect();
+    // Without a driver the rest helps nobody.
+    missing.sort_by_key(|library| library.origin() != DRIVER);
     if !missing.is_empty() {
         let names = missing.iter().map(|library| match &library.location {
             // It is there, and does not load: for want of another, or built for another system.

@@ -1,0 +1,194 @@
+//! What the command line says when something is mistyped, missing or fails: at once, what it is, and what to do.
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use crate::support::{demo_bundle, demo_shard, printed_rows, recaption, root, stderr, write_tar};
+
+/// A refusal is two lines: what is wrong, and what to do. Nothing comes before it and nothing is left behind.
+fn assert_refused(args: &[&str], error: &str, hint: &str) {
+    let output = recaption(args);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {message}");
+    let lines: Vec<&str> = message.lines().collect();
+    let [first, second] = lines[..] else { panic!("{args:?}: {message}") };
+    assert!(first.starts_with("error: ") && first.contains(error), "{args:?}: {message}");
+    assert!(second.starts_with("hint: ") && second.contains(hint), "{args:?}: {message}");
+    assert!(output.stdout.is_empty(), "{args:?}");
+}
+
+#[test]
+fn what_is_no_bundle_is_told_apart() {
+    let image = root("tests/data/images/42/a.png");
+    let (image, checkpoint) = (image.to_str().unwrap(), root("models/demo"));
+    let checkpoint = checkpoint.to_str().unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let profile = out.path().join("profile");
+    let profile = profile.to_str().unwrap();
+    let missing = "`nope` is not a bundle: there is no such folder";
+    assert_refused(&["run", image, "--model", "nope"], missing, "check the path, or make one with `recaption export");
+    assert_refused(&["inspect", "nope"], missing, "recaption export");
+    assert_refused(&["inspect", "nope", "--verify"], missing, "recaption export");
+    assert_refused(&["doctor", "--model", "nope"], missing, "recaption export");
+    assert_refused(&["profile", image, "--model", "nope", "--out", profile], missing, "recaption export");
+    assert!(!out.path().join("profile").exists());
+    assert_refused(&["inspect", image], "it is not a folder", "recaption export");
+    let hint = format!("recaption export {checkpoint} --out BUNDLE_DIR");
+    assert_refused(&["run", image, "--model", checkpoint], "but a checkpoint's config.json", &hint);
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded() {
+    let (bundle, image) = (demo_bundle(), root("tests/data/images/42/a.png"));
+    let (bundle, image) = (bundle.to_str().unwrap(), image.to_str().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("notes.txt");
+    std::fs::write(&file, "mine").unwrap();
+    let (file, below) = (file.to_str().unwrap(), file.join("below"));
+    let below = below.to_str().unwrap();
+    let hint = "name a folder that you may write to";
+    let is_file = format!("cannot write into `{below}`: `{file}` is not a folder");
+    for out in ["--out", "--work-dir"] {
+        let args = ["run", image, "--model", bundle, "--out", folder.path().to_str().unwrap(), out];
+        let args = if out == "--out" { [&args[..4], &args[6..]].concat() } else { args.to_vec() };
+        let with = |place: &'static str| [&args[..], &[place]].concat();
+        assert_refused(&[&args[..], &[file]].concat(), "it is not a folder", hint);
+        assert_refused(&[&args[..], &[below]].concat(), &is_file, hint);
+        if cfg!(target_os = "linux") {
+            assert_refused(&with("/proc/x"), "cannot write into `/proc/x`: nothing can be made in `/proc`", hint);
+        }
+    }
+    assert_refused(&["profile", image, "--model", bundle, "--out", below], &is_file, hint);
+    let checkpoint = root("models/demo");
+    let export = ["export", checkpoint.to_str().unwrap(), "--out"];
+    assert_refused(&[&export[..], &[below]].concat(), &is_file, hint);
+    assert_refused(&[&export[..], &[file]].concat(), "cannot write a bundle to", "choose a name that does not exist");
+    let names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["notes.txt"], "nothing is left behind");
+}
+
+#[test]
+fn flags_that_would_be_ignored_are_refused() {
+    let (bundle, image) = (demo_bundle(), root("tests/data/images/42/a.png"));
+    let (bundle, image, checkpoint) = (bundle.to_str().unwrap(), image.to_str().unwrap(), root("models/demo"));
+    let checkpoint = checkpoint.to_str().unwrap();
+    for format in ["parquet", "webdataset"] {
+        let args = ["run", image, "--model", bundle, "--format", format];
+        assert_refused(&args, &format!("--format {format} makes files"), "add --out DIR");
+    }
+    // That is what comes out there.
+    let args = ["run", image, "--model", bundle, "--format", "jsonl", "--quiet", "--max-new-tokens", "2"];
+    assert_eq!(printed_rows(&recaption(&args)).len(), 1);
+
+    for (flag, value) in [("--precision", "int8"), ("--target", "cpu")] {
+        let args = ["plan", "--model", bundle, "--device-kind", "h100-sxm", flag, value];
+        assert_refused(&args, "is a bundle, which has a precision and a target already", "name the checkpoint");
+        let output = recaption(&["plan", "--from", "profile.json", flag, value]);
+        assert!(stderr(&output).contains("--model <MODEL>"), "{}", stderr(&output));
+    }
+    let fp32 = ["plan", "--model", bundle, "--device-kind", "h100-sxm"];
+    assert_refused(&fp32, "no fp32 arithmetic", "for a bundle, which has its own, name its checkpoint");
+    let args = ["plan", "--model", checkpoint, "--device-kind", "h100-sxm", "--precision", "fp16"];
+    assert_eq!(recaption(&args).status.code(), Some(0));
+
+    let out = tempfile::tempdir().unwrap();
+    let bundle = out.path().join("bundle");
+    let export = ["export", checkpoint, "--out", bundle.to_str().unwrap()];
+    let export = |flags: &[&'static str]| [&export[..], flags].concat();
+    for precision in ["fp32", "int8"] {
+        let args = export(&["--precision", precision, "--calibration", "nope"]);
+        assert_refused(&args, "--calibration `nope`: ", "captions, random, none, or the path of a text file");
+    }
+    assert_refused(&export(&["--target", "cpu"]), "--precision fp32 is not supported", "add --precision int8");
+    let vision = export(&["--target", "cpu", "--precision", "int8", "--vision-precision", "fp16"]);
+    assert_refused(&vision, "--vision-precision fp16 is not supported", "leave it out");
+    assert!(!bundle.exists());
+}
+
+#[test]
+fn files_of_another_kind_are_refused_with_what_is_read() {
+    let bundle = demo_bundle();
+    let text = root("README.md");
+    let args = ["run", text.to_str().unwrap(), "--model", bundle.to_str().unwrap()];
+    for kind in [".jpg", ".bmp", ".tar.gz", ".parquet", "recaption run -"] {
+        assert_refused(&args, "not an image, a folder, a tar or a parquet file", kind);
+    }
+    let make = "make one with `recaption profile";
+    assert_refused(&["plan", "--from", "nope.json"], "`nope.json`: No such file", make);
+    assert_refused(&["plan", "--from", text.to_str().unwrap()], "not a profile", make);
+}
+
+fn captioned_lines(output: &Output) -> Vec<String> {
+    let is_of_result =
+        |line: &&str| ["captioned ", "0 row", "1 row", "2 row"].iter().any(|start| line.starts_with(start));
+    stderr(output).lines().filter(is_of_result).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_last_lines_say_what_became_of_how_many() {
+    let (bundle, folder) = (demo_bundle(), tempfile::tempdir().unwrap());
+    let run = |inputs: &[&str]| {
+        let flags = ["--model", bundle.to_str().unwrap(), "--provider", "cpu", "--max-new-tokens", "2"];
+        let lines = captioned_lines(&recaption(&[&["run"], inputs, &flags].concat()));
+        // The images may be counted too late for the first of them.
+        lines.into_iter().map(|line| line.replacen("/1 (", " (", 1).replacen("/2 (", " (", 1)).collect::<Vec<_>>()
+    };
+    let broken = folder.path().join("broken.jpg");
+    std::fs::write(&broken, "no picture").unwrap();
+    let image = root("tests/data/images/42/a.png");
+    let (broken, image) = (broken.to_str().unwrap(), image.to_str().unwrap());
+    let [progress, summary] = &run(&[broken])[..] else { panic!("two lines") };
+    assert_eq!(progress, "captioned 0 (1 failed)");
+    assert!(summary.starts_with("1 row: 0 ok, 1 failed; ") && summary.ends_with(" s to run"), "{summary}");
+    let [progress, summary] = &run(&[broken, image])[..] else { panic!("two lines") };
+    assert!(progress.starts_with("captioned 1 (1 failed), "), "{progress}");
+    assert!(summary.starts_with("2 rows: 1 ok, 1 failed; ") && summary.contains(" images/s, "), "{summary}");
+    // A tar that ends before its first image: nothing was done, at no rate.
+    let cut = folder.path().join("cut.tar");
+    write_tar(&cut, &[("a.jpg".to_owned(), std::fs::read(image).unwrap())]);
+    std::fs::OpenOptions::new().write(true).open(&cut).unwrap().set_len(700).unwrap();
+    let lines = run(&[cut.to_str().unwrap()]);
+    assert!(lines[0].starts_with("captioned 0") && !lines[0].contains("img/s"), "{lines:?}");
+    assert!(lines[1].starts_with("0 rows: 0 ok, 0 failed; ") && lines[1].ends_with(" s to run"), "{lines:?}");
+}
+
+#[test]
+fn a_line_of_standard_input_that_names_no_file_says_so_in_its_row() {
+    let bundle = demo_bundle();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_recaption"))
+        .args(["run", "-", "--model", bundle.to_str().unwrap()])
+        .current_dir(root("tests"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"no-such.png\ndata\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    let rows = printed_rows(&output);
+    let errors: Vec<&str> = rows.iter().map(|row| row["error"].as_str().unwrap()).collect();
+    assert_eq!(errors, ["source: there is no file `no-such.png`", "source: `data` is a folder, not a file"]);
+    let message = stderr(&output);
+    assert!(message.contains("captioned 0 (2 failed)\n"), "{message}");
+    assert!(message.contains("failed: 1 × source: there is no file `…`"), "{message}");
+}
+
+#[test]
+fn without_a_driver_the_first_line_says_that_and_nothing_of_cuda() {
+    if std::path::Path::new("/dev/nvidiactl").exists() || std::path::Path::new("/dev/dxg").exists() {
+        return;
+    }
+    let (bundle, shard) = (demo_bundle(), demo_shard());
+    let (bundle, shard) = (bundle.to_str().unwrap(), shard.to_str().unwrap());
+    let output = recaption(&["run", shard, "--model", bundle, "--limit", "1", "--max-new-tokens", "1"]);
+    assert_eq!(stderr(&output).lines().next(), Some("provider: cpu (no NVIDIA driver)"));
+    let refused = recaption(&["run", shard, "--model", bundle, "--provider", "cuda"]);
+    let message = stderr(&refused);
+    assert!(message.contains("hint: install the NVIDIA driver; "), "{message}");
+    let doctor = recaption(&["doctor", "--model", bundle]);
+    let text = String::from_utf8(doctor.stdout).unwrap();
+    assert!(text.contains("auto takes     provider: cpu (no NVIDIA driver)"), "{text}");
+    assert!(text.contains("hint: install the NVIDIA driver; "), "{text}");
+    // The way out for 8 bits is one that works.
+    assert!(!text.contains("no VNNI") || text.contains("--precision int8 --target cpu"), "{text}");
+}
