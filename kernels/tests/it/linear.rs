@@ -243,16 +243,16 @@ proptest! {
 fn extreme_sums_are_exact() {
     let (k, columns) = (4096, 33);
     let spec = PackSpec { columns, k, block: 0, block_scales: false, gated: false };
-    let packed = pack(&spec, &vec![-127; columns * k], &vec![1.0; columns]).expect("packs");
-    for level in Level::available() {
-        for value in [1u8, 255] {
+    for weight in [-128, -127, 127] {
+        let packed = pack(&spec, &vec![weight; columns * k], &vec![1.0; columns]).expect("packs");
+        for (level, value) in Level::available().into_iter().flat_map(|level| [0u8, 1, 255].map(|value| (level, value))) {
             let mut out = vec![0.0; 2 * columns];
             let x = Quantized { k, block: 0, values: &vec![value; 2 * k], scales: &[1.0, 1.0] };
             let weights = packed.view();
             let epilogue = Epilogue { bias: None, activation: Activation::Identity, residual: Residual::None };
             linear(level, &Serial, x, &weights, &epilogue, &mut out).expect("multiplies");
-            let want = -127.0 * (f32::from(value) - 128.0) * k as f32;
-            assert!(out.iter().all(|&y| y == want), "{}", level.name());
+            let want = f32::from(weight) * (f32::from(value) - 128.0) * k as f32;
+            assert!(out.iter().all(|&y| y == want), "{} {weight} {value}: {}", level.name(), out[0]);
         }
     }
 }
