@@ -245,7 +245,8 @@ fn extreme_sums_are_exact() {
     let spec = PackSpec { columns, k, block: 0, block_scales: false, gated: false };
     for weight in [-128, -127, 127] {
         let packed = pack(&spec, &vec![weight; columns * k], &vec![1.0; columns]).expect("packs");
-        for (level, value) in Level::available().into_iter().flat_map(|level| [0u8, 1, 255].map(|value| (level, value))) {
+        for (level, value) in Level::available().into_iter().flat_map(|level| [0u8, 1, 255].map(|value| (level, value)))
+        {
             let mut out = vec![0.0; 2 * columns];
             let x = Quantized { k, block: 0, values: &vec![value; 2 * k], scales: &[1.0, 1.0] };
             let weights = packed.view();

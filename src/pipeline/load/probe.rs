@@ -277,7 +277,8 @@ mod tests {
     #[test]
     fn a_chunk_of_a_webp_is_found_where_the_file_has_all_of_it() {
         let file = |length: u32| {
-            let mut file = b"RIFF\x40\0\0\0WEBPVP8X\x0a\0\0\0\x08\0\0\0\x13\0\0\x10\0\0VP8 \x03\0\0\0abc\0EXIF".to_vec();
+            let mut file =
+                b"RIFF\x40\0\0\0WEBPVP8X\x0a\0\0\0\x08\0\0\0\x13\0\0\x10\0\0VP8 \x03\0\0\0abc\0EXIF".to_vec();
             file.extend(length.to_le_bytes());
             file.extend(b"Exif!");
             file
