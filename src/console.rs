@@ -32,6 +32,10 @@ pub fn start_logging(level: Option<&str>, format: LogFormat) -> Result<(), Strin
         Some(level) if level.parse::<tracing::Level>().is_ok() || level == "off" => {
             format!("{DEFAULT_FILTER},recaption={level},recaption_export={level}")
         }
+        // To the filter it is the name of a module, all of whose events are wanted.
+        Some(word) if word.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
+            return Err(format!("`{word}` is no level"));
+        }
         Some(directives) => directives.to_owned(),
     };
     let is_json = format == LogFormat::Json;

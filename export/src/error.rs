@@ -226,6 +226,7 @@ impl Error {
                 Some(format!("fetch `{tower}` and give its folder with --vision-tower DIR"))
             }
             Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
+            Self::InvalidConfig { .. } => Some("check that it is the file that it should be, and whole".to_owned()),
             Self::NotABundle { hint, .. } => Some(hint.clone()),
             Self::UnusableFolder { .. } => {
                 Some("name a folder that you may write to, or a new one inside of it".to_owned())

@@ -144,6 +144,11 @@ impl ExportOptions {
             let hint = "the scales of fp8 activations are learned: leave --calibration out, or give a text file";
             return Err(Error::unsupported("--calibration none", "with --precision fp8", hint));
         }
+        if self.reduce_range && ![self.precision, self.vision_precision()].contains(&Precision::Int8) {
+            let hint = "leave it out: it is for int8, whose sums some processors cannot hold";
+            let found = format!("with --precision {}", self.precision.name());
+            return Err(Error::unsupported("--reduce-range", found, hint));
+        }
         let text = GraphFormat::of(self)?;
         Ok((GraphFormat::of_vision(self, self.vision_precision())?, text))
     }

@@ -54,8 +54,13 @@ impl TokenizerFiles {
 /// [`Error::MissingFile`] when the checkpoint has none and none was given.
 pub fn tokenizer_path(checkpoint: &Path, tokenizer: Option<&Path>) -> Result<PathBuf> {
     match tokenizer {
-        Some(path) if path.is_dir() => Ok(path.join("tokenizer.json")),
-        Some(path) => Ok(path.to_owned()),
+        Some(path) => {
+            let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
+            Some(file).filter(|file| file.is_file()).ok_or_else(|| {
+                let hint = "--tokenizer takes a tokenizer.json, or a folder that has one";
+                Error::MissingFile { checkpoint: path.to_owned(), what: "tokenizer.json", hint }
+            })
+        }
         None => Some(checkpoint.join("tokenizer.json")).filter(|path| path.is_file()).ok_or_else(|| {
             let hint = "give one with --tokenizer FILE_OR_DIR";
             Error::MissingFile { checkpoint: checkpoint.to_owned(), what: "tokenizer.json", hint }

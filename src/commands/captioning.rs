@@ -6,6 +6,7 @@ use std::time::Duration;
 use recaption_export::Target;
 
 use crate::cli::CaptioningArgs;
+use crate::commands::inspect::numbers::counted;
 use crate::commands::provider;
 use crate::console::print_line;
 use crate::error::{Error, Result};
@@ -141,7 +142,9 @@ fn engine_options(
         if !args.quiet {
             let MemoryPlan { num_slots, vision_batch, .. } = plan;
             print_line(&format!(
-                "{device}: {num_slots} captions in flight, {vision_batch} images at once; memory: {plan}"
+                "{device}: {} in flight, {} at once; memory: {plan}",
+                counted(num_slots as u64, "caption"),
+                counted(vision_batch as u64, "image"),
             ));
         }
         let is_gpu = device != Device::Cpu;

@@ -202,9 +202,10 @@ impl fmt::Display for MemoryPlan {
     /// `weights 15.0 GiB + 256 slots x 98.0 MiB + workspace of 16 images 2.1 GiB = 41.6 GiB of 70.2 GiB`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { num_slots, vision_batch, .. } = self;
+        let images = if *vision_batch == 1 { "image" } else { "images" };
         write!(
             f,
-            "weights {} + {num_slots} slots x {} + workspace of {vision_batch} images {} = {} of {}",
+            "weights {} + {num_slots} slots x {} + workspace of {vision_batch} {images} {} = {} of {}",
             Bytes(self.weight_bytes),
             Bytes(self.bytes_per_slot),
             Bytes(self.workspace_bytes),

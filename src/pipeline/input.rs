@@ -65,7 +65,11 @@ impl Input {
             Err(Error::Input { input: path.display().to_string(), reason: reason.to_owned(), hint })
         };
         let Ok(metadata) = std::fs::metadata(path) else {
-            return refuse("no such file or folder", "check the path; a range looks like {00000..00012}");
+            let hint = match path.to_string_lossy().contains(['*', '?']) {
+                true => "patterns are the shell's: leave the quotes out, or write a range such as {00000..00012}",
+                false => "check the path; a range looks like {00000..00012}",
+            };
+            return refuse("no such file or folder", hint);
         };
         let location = Location::from(path);
         if metadata.is_dir() {

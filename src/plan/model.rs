@@ -82,7 +82,10 @@ impl Model {
         }
         Err(Error::Setting {
             reason: format!("--model `{text}`: no bundle, no checkpoint with a config.json, and no name that is known"),
-            hint: format!("known names: {}", PRESETS.join(", ")),
+            hint: format!(
+                "known names: {}; or name a bundle's folder, a checkpoint's, or a config.json",
+                PRESETS.join(", ")
+            ),
         })
     }
 

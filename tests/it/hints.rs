@@ -100,9 +100,30 @@ fn flags_that_would_be_ignored_are_refused() {
         assert_refused(&args, "--calibration `nope`: ", "captions, random, none, or the path of a text file");
     }
     assert_refused(&export(&["--target", "cpu"]), "--precision fp32 is not supported", "add --precision int8");
+    let reduced = export(&["--precision", "int4", "--reduce-range"]);
+    assert_refused(&reduced, "--reduce-range is not supported: with --precision int4", "leave it out");
     let vision = export(&["--target", "cpu", "--precision", "int8", "--vision-precision", "fp16"]);
     assert_refused(&vision, "--vision-precision fp16 is not supported", "leave it out");
     assert!(!bundle.exists());
+}
+
+#[test]
+fn what_is_no_checkpoint_is_told_apart() {
+    let (bundle, checkpoint, folder) = (demo_bundle(), root("models/demo"), tempfile::tempdir().unwrap());
+    let out = folder.path().join("bundle");
+    let config = checkpoint.join("config.json");
+    let [bundle, checkpoint, config, out] = [&bundle, &checkpoint, &config, &out].map(|path| path.to_str().unwrap());
+    assert_refused(&["export", "nope", "--out", out], "there is no such folder", "check the path");
+    assert_refused(&["export", bundle, "--out", out], "has no config.json", "it is a bundle, exported already");
+    assert_refused(&["export", config, "--out", out], "config.json`", "give the folder that it is in");
+    for precision in ["fp32", "int8"] {
+        let args = ["export", checkpoint, "--out", out, "--precision", precision, "--tokenizer", "nope"];
+        assert_refused(&args, "`nope` has no tokenizer.json", "--tokenizer takes a tokenizer.json");
+    }
+    let readme = root("README.md");
+    let plan = ["plan", "--device-kind", "h100-sxm", "--model"];
+    assert_refused(&[&plan[..], &[readme.to_str().unwrap()]].concat(), "README.md`: ", "check that it is the file");
+    assert_refused(&[&plan[..], &["docs"]].concat(), "no bundle, no checkpoint", "name a bundle's folder");
 }
 
 #[test]
@@ -113,6 +134,12 @@ fn files_of_another_kind_are_refused_with_what_is_read() {
     for kind in [".jpg", ".bmp", ".tar.gz", ".parquet", "recaption run -"] {
         assert_refused(&args, "not an image, a folder, a tar or a parquet file", kind);
     }
+    let bundle = bundle.to_str().unwrap();
+    let args = ["run", "shards/*.tar", "--model", bundle];
+    assert_refused(&args, "no such file or folder", "patterns are the shell's: leave the quotes out");
+    let args = ["run", text.to_str().unwrap(), "--model", bundle, "--out", bundle];
+    assert_refused(&args, "it is a bundle", "name a folder of its own");
+    assert_refused(&["doctor", "--log-level", "loud"], "`loud` is no level", "use error, warn, info");
     let make = "make one with `recaption profile";
     assert_refused(&["plan", "--from", "nope.json"], "`nope.json`: No such file", make);
     assert_refused(&["plan", "--from", text.to_str().unwrap()], "not a profile", make);

@@ -24,6 +24,7 @@ use self::layout::TensorName;
 use self::lora::{AdapterConfig, Role};
 use crate::error::{Error, Result};
 use crate::graph::hex;
+use crate::manifest::FILE_NAME as MANIFEST_FILE;
 use crate::tensor::StoredTensor;
 
 /// A tensor's place: which shard, and where in it.
@@ -344,7 +345,14 @@ impl Checkpoint {
 fn read_config(folder: &Path, hint: &'static str) -> Result<(PathBuf, Vec<u8>)> {
     let path = folder.join("config.json");
     if !path.is_file() {
-        return Err(Error::MissingFile { checkpoint: folder.to_owned(), what: "config.json", hint });
+        let (what, hint) = match (folder.is_dir(), folder.join(MANIFEST_FILE).is_file()) {
+            (true, true) => {
+                ("config.json", "it is a bundle, exported already: give the checkpoint that it was made of")
+            }
+            (true, false) => ("config.json", hint),
+            (false, _) => ("config.json: there is no such folder", "check the path"),
+        };
+        return Err(Error::MissingFile { checkpoint: folder.to_owned(), what, hint });
     }
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
     Ok((path, bytes))

@@ -38,6 +38,10 @@ impl ClipCheckpoint {
     /// without config.json or in a file given by itself. No weight is touched.
     pub(crate) fn find(path: &Path) -> Result<Option<Self>> {
         if path.is_file() {
+            if path.extension().is_some_and(|extension| extension == "json") {
+                let hint = "give the folder that it is in";
+                return Err(Error::unsupported("a checkpoint that is one file", format!("`{}`", path.display()), hint));
+            }
             let clip = Self::open(path, ClipLayout::OpenAi, Value::Null, Sha256::new(), vec![path.to_owned()])?;
             return match clip.tensors.contains_key(OPENAI_PROBE) {
                 true => Ok(Some(clip)),

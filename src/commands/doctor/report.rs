@@ -261,13 +261,17 @@ impl fmt::Display for Report {
                 Line { is_good: false, subject: "ONNX Runtime", text, hint }.fmt(f)?;
             }
         }
+        let mut told = None;
         for provider in &self.providers {
             let text = match provider.matmul_flops_per_second {
                 Some(rate) => format!("works; a matrix product runs at {}FLOP/s", scaled(rate)),
                 None => provider.reason.clone().unwrap_or_default(),
             };
             let subject = format!("provider {}", provider.name);
-            Line { is_good: provider.works, subject: &subject, text, hint: provider.hint.as_deref() }.fmt(f)?;
+            // What two of them lack is told once.
+            let hint = provider.hint.as_deref().filter(|hint| told != Some(*hint));
+            told = hint.or(told);
+            Line { is_good: provider.works, subject: &subject, text, hint }.fmt(f)?;
         }
         for library in &self.libraries {
             let version = library.version.as_deref().unwrap_or("found");

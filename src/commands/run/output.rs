@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use recaption_export::hex;
+use recaption_export::{MANIFEST_FILE, hex};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -47,6 +47,12 @@ pub(super) fn place(args: &RunArgs) -> Result<Option<Location>> {
     }
     for folder in folder.local_path().into_iter().chain(args.work_dir.as_deref()) {
         recaption_export::check_folder(folder)?;
+    }
+    if folder.local_path().is_some_and(|folder| folder.join(MANIFEST_FILE).is_file()) {
+        return Err(Error::Setting {
+            reason: format!("--out `{folder}` has a manifest.json: it is a bundle"),
+            hint: "name a folder of its own for the captions".to_owned(),
+        });
     }
     Ok(Some(folder))
 }

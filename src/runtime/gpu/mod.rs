@@ -37,16 +37,24 @@ pub(crate) fn needed_libraries(device: Device) -> Result<Vec<NeededLibrary>> {
     for (provider, file) in providers(device) {
         let path = folder.join(file);
         if !path.is_file() {
-            let reason = format!(
-                "ONNX Runtime at `{}` comes without {provider}: `{file}` is not beside it",
-                runtime.path.display()
-            );
-            let fix = "run scripts/fetch_onnxruntime.sh --gpu, or point ORT_DYLIB_PATH at the library of the \
-                       onnxruntime-gpu wheel; or use --provider cpu";
             let (reason, hint) = match runtime::has_nvidia_driver() {
-                true => (reason, fix.to_owned()),
+                true => (
+                    format!(
+                        "ONNX Runtime at `{}` comes without {provider}: `{file}` is not beside it",
+                        runtime.path.display()
+                    ),
+                    "run scripts/fetch_onnxruntime.sh --gpu, or point ORT_DYLIB_PATH at the library of the \
+                     onnxruntime-gpu wheel; or use --provider cpu"
+                        .to_owned(),
+                ),
                 // First things first: a library alone would help nobody.
-                false => (format!("there is no NVIDIA driver; and {reason}"), format!("{}; then {fix}", DRIVER.fix)),
+                false => (
+                    format!("there is no NVIDIA driver, and this ONNX Runtime comes without {provider}"),
+                    format!(
+                        "{}; then run scripts/fetch_onnxruntime.sh --gpu --cuda; or use --provider cpu",
+                        DRIVER.fix
+                    ),
+                ),
             };
             return Err(Error::Provider { provider: device.name(), reason, hint });
         }
