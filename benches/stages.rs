@@ -16,6 +16,7 @@ use recaption::model::Tokenizer;
 use recaption::pipeline::load::{LoadLimits, Loader, load};
 use recaption::pipeline::preprocess::{PixelFormat, Preprocessor};
 use recaption::pipeline::write::{Status, WrittenRow, row_to_json};
+use recaption::profile::recorder::{Recorder, record_batches};
 use serde_json::json;
 
 const CAPTION: &str = "The image shows two objects on a black background. There is a small guitar in the top right, and a \
@@ -129,6 +130,18 @@ fn writing(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// What `recaption profile` and `run --metrics` add to a batch: the difference of the two.
+fn recording(criterion: &mut Criterion) {
+    const COUNT: usize = 50_000;
+    let mut group = criterion.benchmark_group("record");
+    group.throughput(Throughput::Elements(COUNT as u64));
+    group.bench_function("batches", |bencher| {
+        bencher.iter(|| record_batches(Some(&Recorder::new(true, None)), black_box(COUNT)));
+    });
+    group.bench_function("batches not recorded", |bencher| bencher.iter(|| record_batches(None, black_box(COUNT))));
+    group.finish();
+}
+
 /// A minute for all: a change of some percent shows, one below does not.
 fn short() -> Criterion {
     Criterion::default()
@@ -141,6 +154,6 @@ fn short() -> Criterion {
 criterion_group! {
     name = stages;
     config = short();
-    targets = loading, preprocessing, text, writing
+    targets = loading, preprocessing, text, writing, recording
 }
 criterion_main!(stages);

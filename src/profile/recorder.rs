@@ -593,6 +593,19 @@ pub(crate) fn end_caption(image: ImageTimes, first_token_ns: Moment, num_tokens:
     });
 }
 
+/// `count` batches of nothing, with their queue, as a stage's thread records them or, without a recorder, does not: what recording
+/// costs (`benches/stages.rs`).
+#[doc(hidden)]
+pub fn record_batches(recorder: Option<&Arc<Recorder>>, count: usize) {
+    let _track = recorder.map(|recorder| recorder.enter("engine-0"));
+    let (sender, receiver) = crossbeam::channel::bounded(1);
+    for _ in 0..count {
+        send(&sender, ()).expect("bug: the receiver lives");
+        receive(&receiver).expect("bug: an item was sent");
+        begin().end(Stage::Decode, Work::IMAGE);
+    }
+}
+
 /// Adds what a device took for a stage, if it keeps the time; the host must have waited for it.
 ///
 /// # Errors
