@@ -1,5 +1,6 @@
 //! Everything that can stop a run, named by cause, with what to do about it. A bad image is not here: it is a row.
 
+use std::any::Any;
 use std::path::{Path, PathBuf};
 
 use crate::stage::Stage;
@@ -257,3 +258,9 @@ fn disk_hint(source: &std::io::Error, action: &str) -> Option<String> {
 
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// The text that a panic was raised with.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no message").to_owned()
+}

@@ -3,8 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use crate::error::{Error, Result};
-use crate::pipeline::panic_message;
+use crate::error::{Error, Result, panic_message};
 
 /// A `tokenizer.json`, loaded.
 pub struct Tokenizer {

@@ -16,7 +16,7 @@ use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use crossbeam::select;
 
 use crate::console::print_warning;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, panic_message};
 use crate::live;
 use crate::model::sequence::{FinishReason, Sequence, StopRule};
 use crate::model::{Bundle, Prompt};
@@ -24,7 +24,6 @@ pub(crate) use crate::pipeline::engine::failing::Failing;
 pub use crate::pipeline::engine::failing::Injection;
 pub(crate) use crate::pipeline::engine::returns::Returns;
 use crate::pipeline::generate::{Generator, GeneratorOptions};
-use crate::pipeline::panic_message;
 use crate::pipeline::preprocess::{PixelValues, PreprocessedImage};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Generated, Message, Row};

@@ -22,7 +22,7 @@ use recaption_export::{Preprocessing, hex};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-use crate::pipeline::panic_message;
+use crate::error::panic_message;
 use crate::pipeline::pool::SamplePool;
 use crate::pipeline::preprocess::max_reduction;
 use crate::pipeline::row::{Message, RowDraft};

@@ -21,7 +21,6 @@ pub mod source;
 pub(crate) mod vision;
 pub mod write;
 
-use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,7 +31,7 @@ use std::time::Instant;
 use crossbeam::channel::bounded;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, panic_message};
 use crate::model::{Bundle, Prompt, Tokenizer};
 use crate::pipeline::engine::{
     Captioner, Engine, EngineChannels, EngineOptions, Failing, ImageCaptioner, Injection, Returns,
@@ -394,10 +393,4 @@ impl Supervisor {
             }
         }
     }
-}
-
-/// The text that a panic was raised with.
-pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    text.unwrap_or("no message").to_owned()
 }

@@ -81,14 +81,14 @@ impl Buffer {
     /// Fills host memory with zeros.
     pub(super) fn zero_host(&mut self) {
         assert!(self.is_host, "bug: device memory written by the host");
-        self.ask_for_huge_pages();
         // SAFETY: host memory of so many bytes.
         unsafe { self.data.as_ptr().write_bytes(0, self.num_bytes()) };
     }
 
-    /// A KV cache is read from end to end in every step: in large pages, which the processor fetches ahead in, that is faster.
+    /// A KV cache is read from end to end in every step: in large pages, which the processor fetches ahead in, that is faster. Of
+    /// host memory that nobody has touched yet.
     #[cfg(target_os = "linux")]
-    fn ask_for_huge_pages(&self) {
+    pub(super) fn ask_for_huge_pages(&self) {
         use rustix::mm::{Advice, madvise};
 
         const PAGE: usize = 4 << 10;
@@ -102,7 +102,7 @@ impl Buffer {
     }
 
     #[cfg(not(target_os = "linux"))]
-    fn ask_for_huge_pages(&self) {}
+    pub(super) fn ask_for_huge_pages(&self) {}
 
     pub(crate) fn num_bytes(&self) -> usize {
         self.num_elements * self.data_type.size()
