@@ -85,25 +85,6 @@ impl Buffer {
         unsafe { self.data.as_ptr().write_bytes(0, self.num_bytes()) };
     }
 
-    /// A KV cache is read from end to end in every step: in large pages, which the processor fetches ahead in, that is faster. Of
-    /// host memory that nobody has touched yet.
-    #[cfg(target_os = "linux")]
-    pub(super) fn ask_for_huge_pages(&self) {
-        use rustix::mm::{Advice, madvise};
-
-        const PAGE: usize = 4 << 10;
-        const HUGE_PAGE: usize = 2 << 20;
-        let start = self.data.align_offset(PAGE);
-        let num_bytes = self.num_bytes().saturating_sub(start) / PAGE * PAGE;
-        if num_bytes >= 2 * HUGE_PAGE {
-            // SAFETY: whole pages of this allocation. The advice changes no contents; a kernel that does not take it loses nothing.
-            let _ = unsafe { madvise(self.data.as_ptr().add(start).cast(), num_bytes, Advice::LinuxHugepage) };
-        }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn ask_for_huge_pages(&self) {}
-
     pub(crate) fn num_bytes(&self) -> usize {
         self.num_elements * self.data_type.size()
     }

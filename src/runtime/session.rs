@@ -189,11 +189,7 @@ impl Session {
     /// A zeroed buffer in the memory of this session's device.
     pub(crate) fn device_buffer(&self, data_type: DataType, num_elements: usize) -> Result<Buffer> {
         let allocator = self.device.allocator(&self.session)?;
-        let is_host = self.device == Device::Cpu;
-        let mut buffer = Buffer::new(&allocator, is_host, data_type, num_elements)?;
-        if is_host {
-            buffer.ask_for_huge_pages();
-        }
+        let mut buffer = Buffer::new(&allocator, self.device == Device::Cpu, data_type, num_elements)?;
         self.stream.zero(&mut buffer)?;
         Ok(buffer)
     }
