@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::thread;
 
 use half::f16;
-use recaption_kernels::{PANEL_COLUMNS, PackSpec, pack_panel};
+use recaption_kernels::{PANEL_COLUMNS, PackSpec, pack_panel, quantize_weights};
 
 use crate::blocks;
 use crate::error::Result;
@@ -173,16 +173,11 @@ fn in_panels(is_gated: bool, rows: &[f32], row_size: usize) -> Cow<'_, [f32]> {
 
 /// One panel's columns, row by row as the checkpoint has them.
 fn encode_panel(PackedFormat { spec, zero_point }: PackedFormat, panel: &[f32], encoded: &mut Encoded) {
-    let block = if spec.block_scales { spec.block } else { spec.k };
     let mut values = vec![0; panel.len()];
-    let mut scales = vec![0.0; spec.scales_per_row() * PANEL_COLUMNS];
+    let (mut scales, mut of_row) = (vec![0.0; spec.num_blocks() * PANEL_COLUMNS], vec![0.0; spec.num_blocks()]);
     for (column, (row, values)) in panel.chunks_exact(spec.k).zip(values.chunks_exact_mut(spec.k)).enumerate() {
-        for (b, (row, values)) in row.chunks(block).zip(values.chunks_mut(block)).enumerate() {
-            let scale = largest(row) / 127.0;
-            let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
-            scales[b * PANEL_COLUMNS + column] = scale;
-            values.iter_mut().zip(row).for_each(|(to, value)| *to = blocks::round(value * inverse) as i8);
-        }
+        quantize_weights(&spec, row, values, &mut of_row).expect("bug: a spec that the kernels do not take");
+        of_row.iter().enumerate().for_each(|(b, &scale)| scales[b * PANEL_COLUMNS + column] = scale);
     }
     let [_, steps, columns, each] = spec.weight_dims();
     let mut packed = vec![0; steps * columns * each];

@@ -99,7 +99,7 @@ pub fn kernels(data: &[u8]) {
 
 fn linear_layer(input: &mut Input<'_>) {
     let (rows, k, columns) = (input.below(20), 1 + input.below(160), input.below(80));
-    let block = [0, 4, 32, 128, 12, 7][input.below(6)];
+    let block = [0, 8, 32, 128, 24, 4][input.below(6)];
     let activations =
         [Activation::Identity, Activation::QuickGelu, Activation::Gelu, Activation::GeluTanh, Activation::SwiGlu];
     let activation = activations[input.below(5)];
@@ -107,22 +107,26 @@ fn linear_layer(input: &mut Input<'_>) {
         columns,
         k,
         block,
-        block_scales: input.is(),
+        bounded: input.is(),
         gated: (activation == Activation::SwiGlu) != (input.byte() == 0),
     };
     let weight_count = input.length(spec.rows() * k);
-    let weights: Vec<i8> = (0..weight_count).map(|_| input.byte() as i8).collect();
-    let scale_count = input.length(spec.rows() * spec.scales_per_row());
+    let mut weights: Vec<i8> = (0..weight_count).map(|_| input.byte() as i8).collect();
+    if spec.bounded && spec.check().is_ok() {
+        let mut scales = vec![0.0; spec.num_blocks()];
+        for weights in weights.chunks_exact_mut(k) {
+            let row: Vec<f32> = weights.iter().map(|&weight| f32::from(weight)).collect();
+            quantize_weights(&spec, &row, weights, &mut scales).expect("lengths fit");
+        }
+    }
+    let scale_count = input.length(spec.rows() * spec.num_blocks());
     let scales = input.floats(scale_count);
     let Ok(packed) = pack(&spec, &weights, &scales) else { return };
-    let row_block = if input.is() { block } else { input.odd(0) };
+    let row_block = if input.is() { block } else { input.odd(block) };
     let (x_count, norm) = (input.length(rows * k), input.below(3));
     let (x, weight, bias) = (input.floats(x_count), input.floats(k), input.floats(k));
     let norm_length = input.length(k).min(k);
     let epsilon = input.float();
-    let num_row_scales = num_scales(k, row_block);
-    let value_count = input.length(rows * stride(k));
-    let row_scale_count = input.length(rows * num_row_scales);
     let bias_count = input.length(spec.rows());
     let linear_bias = input.is().then(|| input.floats(bias_count));
     let out_count = input.length(rows * columns);
@@ -134,18 +138,18 @@ fn linear_layer(input: &mut Input<'_>) {
             1 => Norm::Rms { weight: &weight[..norm_length], epsilon },
             _ => Norm::Layer { weight: &weight, bias: &bias[..norm_length], epsilon },
         };
-        let (mut values, mut scales) = (vec![0; value_count], vec![0.0; row_scale_count]);
-        let into = QuantizedMut { k, block: row_block, values: &mut values, scales: &mut scales };
-        let quantized = quantize_rows(level, &Serial, &x, norm, into).is_ok();
+        let mut activations = Quantized::default();
+        let quantized = quantize_rows(level, &Serial, (&x, k), norm, row_block, &mut activations).is_ok();
         let mut out = residual.clone();
         let epilogue = Epilogue {
             bias: linear_bias.as_deref(),
             activation,
             residual: [Residual::None, Residual::Add(&residual), Residual::InPlace][residual_kind],
         };
-        let activations = Quantized { k, block: row_block, values: &values, scales: &scales };
-        let multiplied = linear(level, &Serial, activations, &packed.view(), &epilogue, &mut out).is_ok();
-        (quantized, multiplied, values, bits(&scales), bits(&out))
+        let multiplied = linear(level, &Serial, &activations, &packed.view(), &epilogue, &mut out).is_ok();
+        let (rows, k) = (activations.rows(), activations.k());
+        let values: Vec<u8> = (0..rows * k).map(|element| activations.value(element / k, element % k)).collect();
+        (quantized, multiplied, values, bits(activations.scales()), bits(&out))
     });
 }
 
@@ -225,8 +229,8 @@ fn greedy(input: &mut Input<'_>) {
 
 /// Tensors as a bundle's file has them: of any length, for any claim about them.
 fn packed_weights(input: &mut Input<'_>) {
-    let (k, columns, block) = (input.below(70), input.below(70), [0, 4, 32, 7][input.below(4)]);
-    let right = PackSpec { columns, k, block, block_scales: input.is(), gated: input.is() };
+    let (k, columns, block) = (input.below(70), input.below(70), [0, 8, 32, 4][input.below(4)]);
+    let right = PackSpec { columns, k, block, bounded: input.is(), gated: input.is() };
     let spec = PackSpec { columns: input.odd(columns), k: input.odd(k), block: input.odd(block), ..right };
     let count = |dims: &[usize]| dims.iter().product::<usize>();
     let lengths = if right.check().is_ok() {
@@ -240,14 +244,25 @@ fn packed_weights(input: &mut Input<'_>) {
     let scales = input.floats(scale_count);
     let Ok(packed) = PackedWeights::new(spec, &weights, &corrections, &scales) else { return };
     let rows = input.below(6);
-    let values: Vec<u8> = (0..rows * stride(spec.k)).map(|_| input.byte()).collect();
-    let row_scales = input.floats(rows);
+    let samples: Vec<u8> = (0..rows * spec.k).map(|_| input.byte()).collect();
+    let x = input.floats(rows * spec.k);
     let activation = if spec.gated { Activation::SwiGlu } else { Activation::Identity };
-    at_every_level(|level| {
+    let run = |level| {
         let mut out = vec![0.0; rows * spec.columns];
-        let x = Quantized { k: spec.k, block: 0, values: &values, scales: &row_scales };
+        let mut activations = Quantized::default();
+        match spec.block {
+            0 => activations.set_samples(&samples, spec.k).expect("whole rows"),
+            block => {
+                quantize_rows(level, &Serial, (&x, spec.k), Norm::None, block, &mut activations).expect("lengths fit");
+            }
+        }
         let epilogue = Epilogue { bias: None, activation, residual: Residual::None };
-        linear(level, &Serial, x, &packed, &epilogue, &mut out).expect("lengths fit");
+        linear(level, &Serial, &activations, &packed, &epilogue, &mut out).expect("lengths fit");
         bits(&out)
-    });
+    };
+    // Weights that are said to be bounded and are not may give anything, but nothing else.
+    match spec.bounded {
+        true => Level::available().into_iter().for_each(|level| drop(run(level))),
+        false => drop(at_every_level(run)),
+    }
 }

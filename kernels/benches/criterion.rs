@@ -23,10 +23,11 @@ fn linears(criterion: &mut Criterion) {
         ("prefill gate+up", 576, 1536, true, 228),
         ("vision fc1", 768, 3072, false, 197),
     ] {
-        let spec = PackSpec { columns, k, block: 0, block_scales: false, gated };
-        let packed = pack(&spec, &vec![3; spec.rows() * k], &vec![0.01; spec.rows() * spec.scales_per_row()]);
+        let spec = PackSpec { columns, k, block: 0, gated, bounded: true };
+        let packed = pack(&spec, &vec![3; spec.rows() * k], &vec![0.01; spec.rows() * spec.num_blocks()]);
         let packed = packed.expect("packs");
-        let (values, scales) = (vec![130; rows * stride(k)], vec![0.1; rows * num_scales(k, 0)]);
+        let mut x = Quantized::default();
+        x.set_samples(&vec![130; rows * k], k).expect("whole rows");
         let mut out = vec![0.0; rows * columns];
         let activation = if gated { Activation::SwiGlu } else { Activation::Identity };
         let epilogue = Epilogue { bias: None, activation, residual: Residual::None };
@@ -34,8 +35,7 @@ fn linears(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements((rows * spec.rows() * k) as u64));
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                let x = Quantized { k, block: 0, values: &values, scales: &scales };
-                linear(level(), &Serial, x, &packed.view(), &epilogue, &mut out).expect("runs");
+                linear(level(), &Serial, &x, &packed.view(), &epilogue, &mut out).expect("runs");
                 black_box(&mut out);
             });
         });
@@ -47,7 +47,7 @@ fn quantizing(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("quantize");
     let k = 768;
     let (x, weight) = (vec![0.7; 228 * k], vec![1.1; k]);
-    let (mut values, mut scales) = (vec![0; 228 * stride(k)], vec![0.0; 228]);
+    let mut quantized = Quantized::default();
     group.throughput(Throughput::Elements(x.len() as u64));
     for (name, norm) in [
         ("plain", Norm::None),
@@ -56,8 +56,7 @@ fn quantizing(criterion: &mut Criterion) {
     ] {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                let out = QuantizedMut { k, block: 0, values: &mut values, scales: &mut scales };
-                quantize_rows(level(), &Serial, black_box(&x), norm, out).expect("runs");
+                quantize_rows(level(), &Serial, (black_box(&x), k), norm, 0, &mut quantized).expect("runs");
             });
         });
     }

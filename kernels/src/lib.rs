@@ -23,6 +23,6 @@ pub use error::Error;
 pub use greedy::{NO_ID, greedy_ids};
 pub use level::Level;
 pub use linear::{Activation, Epilogue, Residual, linear};
-pub use pack::{PANEL_COLUMNS, PackSpec, Packed, PackedWeights, ZERO_POINT, pack, pack_panel};
-pub use quantize::{Norm, Quantized, QuantizedMut, num_scales, quantize_rows, stride};
+pub use pack::{PANEL_COLUMNS, PackSpec, Packed, PackedWeights, ZERO_POINT, pack, pack_panel, quantize_weights};
+pub use quantize::{Norm, Quantized, quantize_rows};
 pub use workers::{Scoped, Serial, Workers};

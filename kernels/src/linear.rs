@@ -1,17 +1,17 @@
 //! y = x W^T: u8 activations, packed s8 weights, exact integer sums, f32 out.
 //!
 //! For one row and column, with row scale r and column scale c: `(sum * r) * c`. With scales per block along k, the blocks'
-//! sums are added in order, `acc = fma(sum, s, acc)`, where s is the product of those scales that differ between blocks; the
-//! others follow as above. Then bias, activation, residual. An output depends on its row and column alone.
+//! sums are added in order, `acc = fma(sum, r * c, acc)`. Then bias, activation, residual. An output depends on its row and
+//! column alone.
 
 use std::cell::RefCell;
 
-use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
+use crate::dot::{COLUMNS, ROWS, Scales, Step, Sums, Tile};
 use crate::error::check_len;
 use crate::level::Work;
 use crate::math::{gelu, gelu_tanh, swish};
 use crate::pack::PackedWeights;
-use crate::quantize::{Quantized, num_scales, stride};
+use crate::quantize::{EIGHT, Quantized};
 use crate::simd::{LANES, Simd};
 use crate::workers::{Shared, Workers, part_of};
 use crate::{Error, Level};
@@ -63,17 +63,20 @@ const MIN_TASK_WEIGHTS: usize = 64 << 10;
 const TASKS_PER_THREAD: usize = 4;
 
 /// Computes `out` `[rows, columns]`.
+///
+/// # Errors
+/// For shapes that do not fit each other.
 pub fn linear(
     level: Level,
     workers: &dyn Workers,
-    x: Quantized<'_>,
+    x: &Quantized,
     weights: &PackedWeights<'_>,
     epilogue: &Epilogue<'_>,
     out: &mut [f32],
 ) -> Result<(), Error> {
     let spec = weights.spec();
-    if x.k != spec.k || (x.block != 0 && x.block != spec.block) {
-        let (xk, xb, k, block) = (x.k, x.block, spec.k, spec.block);
+    if (x.k(), x.block()) != (spec.k, spec.block) {
+        let (xk, xb, k, block) = (x.k(), x.block(), spec.k, spec.block);
         return Err(Error::Shape(format!(
             "linear: activations of k {xk}, block {xb}; weights of k {k}, block {block}"
         )));
@@ -81,9 +84,7 @@ pub fn linear(
     if (epilogue.activation == Activation::SwiGlu) != spec.gated {
         return Err(Error::Shape("linear: SwiGLU and gated weights go together".to_owned()));
     }
-    let rows = x.values.len() / stride(x.k);
-    check_len("activations", rows * stride(x.k), x.values.len())?;
-    check_len("activation scales", rows * num_scales(x.k, x.block), x.scales.len())?;
+    let rows = x.rows();
     check_len("out", rows * spec.columns, out.len())?;
     if let Some(bias) = epilogue.bias {
         check_len("bias", spec.rows(), bias.len())?;
@@ -95,7 +96,7 @@ pub fn linear(
         return Ok(());
     }
     let panels = spec.num_panels();
-    let row_parts = rows.div_ceil((TASK_BYTES / stride(x.k)).max(4 * ROWS));
+    let row_parts = rows.div_ceil((TASK_BYTES / spec.k).max(4 * ROWS));
     let tiles = rows.div_ceil(ROWS);
     let wanted = (TASKS_PER_THREAD * workers.num_threads()).div_ceil(row_parts);
     let most = (panels * spec.num_steps() * 4 * COLUMNS * tiles.div_ceil(row_parts)).div_ceil(MIN_TASK_WEIGHTS);
@@ -114,7 +115,7 @@ pub fn linear(
 /// The whole product.
 #[derive(Clone, Copy)]
 struct Product<'a> {
-    x: Quantized<'a>,
+    x: &'a Quantized,
     weights: PackedWeights<'a>,
     epilogue: Epilogue<'a>,
     out: &'a Shared<'a, f32>,
@@ -140,7 +141,7 @@ impl Work for Part<'_> {
         let Self { product, rows, panels } = self;
         let (weights, spec) = (product.weights, product.weights.spec());
         let num_tiles = rows.len().div_ceil(ROWS);
-        let blockwise = product.x.block != 0 || spec.block_scales;
+        let blockwise = spec.block > 0;
         let mut sums = [[0; COLUMNS]; ROWS];
         let mut acc = [[0.0; COLUMNS]; ROWS];
         let mut starts = STARTS.take();
@@ -149,10 +150,10 @@ impl Work for Part<'_> {
             starts.clear();
             if blockwise {
                 for (steps, &corrections) in steps.chunks(spec.block / 4).zip(corrections) {
-                    starts.push(s.start(steps, corrections));
+                    starts.push(s.start(steps, spec.bounded, corrections));
                 }
             } else {
-                starts.push(s.start(steps, total(corrections)));
+                starts.push(s.start(steps, spec.bounded, corrections[0]));
             }
             let next: &[_] = if panel + 1 < panels.end { weights.panel(panel + 1) } else { &[] };
             let bias = product.bias(s, panel);
@@ -163,10 +164,7 @@ impl Work for Part<'_> {
                 if blockwise {
                     product.add_blocks(s, panel, &starts, first, count, next, &mut sums, &mut acc);
                 } else {
-                    let stride = stride(spec.k);
-                    let a = &product.x.values[first * stride..];
-                    let tile = Tile { a, stride, b: steps, init: &starts[0], next };
-                    s.tile(count, tile, &mut sums);
+                    s.tile(count, product.tile(first, 0, steps, &starts[0], next), &mut sums);
                     for (acc, sums) in acc.iter_mut().zip(&sums).take(count) {
                         for (acc, sums) in acc.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
                             s.store(s.to_f32(s.load_i32(sums)), acc);
@@ -180,13 +178,16 @@ impl Work for Part<'_> {
     }
 }
 
-/// The corrections of all blocks together; of weights that nobody packed they may wrap.
-fn total(corrections: &[[i32; COLUMNS]]) -> [i32; COLUMNS] {
-    corrections.iter().fold([0; COLUMNS], |sum, c| std::array::from_fn(|i| sum[i].wrapping_add(c[i])))
-}
+impl<'a> Product<'a> {
+    /// The operands of rows from `first` on and of the weights `b`, which begin with block `block`.
+    #[inline(always)]
+    fn tile(&self, first: usize, block: usize, b: &'a [Step], init: &'a [i32; COLUMNS], next: &'a [Step]) -> Tile<'a> {
+        let spec = self.weights.spec();
+        let a = self.x.values_from(block * spec.block / EIGHT, first);
+        Tile { a, stride: self.x.stride(), b, bounded: spec.bounded, init, next }
+    }
 
-impl Product<'_> {
-    /// The scaled sum of the blocks, where activations or weights or both have scales per block.
+    /// The scaled sum of the blocks.
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "the tile's place and its scratch")]
     fn add_blocks<S: Simd>(
@@ -196,32 +197,23 @@ impl Product<'_> {
         starts: &[[i32; COLUMNS]],
         first: usize,
         count: usize,
-        next: &[crate::dot::Step],
+        next: &[Step],
         sums: &mut Sums,
         acc: &mut [[f32; COLUMNS]; ROWS],
     ) {
         let (x, spec) = (self.x, self.weights.spec());
-        let stride = stride(spec.k);
         let steps = self.weights.panel(panel).chunks(spec.block / 4);
         let num_blocks = spec.num_blocks();
         acc[..count].fill([0.0; COLUMNS]);
         for ((b, steps), init) in steps.enumerate().zip(starts) {
-            let a = &x.values[first * stride + b * spec.block..];
             let next = &next[part_of(next.len(), num_blocks, b)];
             let next = &next[..next.len().min(steps.len())];
-            let mut rows = [1.0; ROWS];
-            if x.block != 0 {
-                for (r, scale) in rows.iter_mut().enumerate().take(count) {
-                    *scale = x.scales[(first + r) * num_blocks + b];
-                }
+            let mut rows = [0.0; ROWS];
+            for (r, scale) in rows.iter_mut().enumerate().take(count) {
+                *scale = x.scales()[(first + r) * num_blocks + b];
             }
-            let columns = &self.weights.scales(panel)[if spec.block_scales { b } else { 0 }];
-            let scales = match (x.block != 0, spec.block_scales) {
-                (true, true) => Scales::Both(&rows, columns),
-                (true, false) => Scales::Rows(&rows),
-                (false, _) => Scales::Columns(columns),
-            };
-            s.add_tile(count, Tile { a, stride, b: steps, init, next }, scales, sums, acc);
+            let scales = Scales { rows: &rows, columns: &self.weights.scales(panel)[b] };
+            s.add_tile(count, self.tile(first, b, steps, init, next), scales, sums, acc);
         }
     }
 
@@ -245,15 +237,12 @@ impl Product<'_> {
         let columns = columns.as_chunks::<LANES>().0;
         let columns = [s.load(&columns[0]), s.load(&columns[1])];
         for (r, acc) in acc.iter().enumerate() {
-            let row = if self.x.block == 0 { Some(s.splat(self.x.scales[first + r])) } else { None };
+            let row = if spec.block == 0 { Some(s.splat(self.x.scales()[first + r])) } else { None };
             let acc = acc.as_chunks::<LANES>().0;
             let mut v = [s.load(&acc[0]), s.load(&acc[1])];
             for i in 0..2 {
                 if let Some(row) = row {
-                    v[i] = s.mul(v[i], row);
-                }
-                if !spec.block_scales {
-                    v[i] = s.mul(v[i], columns[i]);
+                    v[i] = s.mul(s.mul(v[i], row), columns[i]);
                 }
                 if let Some(bias) = bias {
                     v[i] = s.add(v[i], bias[i]);

@@ -6,8 +6,9 @@
 use crate::error::check_len;
 use crate::level::Work;
 use crate::math::{Square, SquareFrom, Value, sum_of};
+use crate::pack::ZERO_POINT;
 use crate::simd::{LANES, Simd};
-use crate::workers::{Shared, Workers, part_of};
+use crate::workers::{Shared, Workers};
 use crate::{Error, Level};
 
 /// What happens to a row before it is quantised.
@@ -33,60 +34,120 @@ pub enum Norm<'a> {
     },
 }
 
-/// Distance between the rows of quantised activations: k rounded up to a multiple of 4.
-pub fn stride(k: usize) -> usize {
-    k.next_multiple_of(4)
+/// Elements of a row that lie together: two steps of a product.
+pub(crate) const EIGHT: usize = 8;
+
+/// Quantised activations, in memory that is used again. They lie as products read them, `[k / 8, rows, 8]`, so that the rows of a
+/// tile are side by side; behind k the values of zero.
+#[derive(Clone, Debug, Default)]
+pub struct Quantized {
+    rows: usize,
+    k: usize,
+    block: usize,
+    /// Offset by 128. At least as many as there are now.
+    values: Vec<u8>,
+    /// `[rows, ceil(k / block)]`, or `[rows]`. At least as many.
+    scales: Vec<f32>,
 }
 
-/// Quantised activations.
-#[derive(Clone, Copy, Debug)]
-pub struct Quantized<'a> {
+impl Quantized {
+    /// The samples of pictures, `[rows, k]`, as activations that count by themselves.
+    ///
+    /// # Errors
+    /// When there is no whole number of rows.
+    pub fn set_samples(&mut self, samples: &[u8], k: usize) -> Result<(), Error> {
+        self.start(samples.len(), k, 0)?;
+        self.scales[..self.rows].fill(1.0);
+        let stride = self.stride();
+        for (row, samples) in samples.chunks_exact(k).enumerate() {
+            for (group, samples) in samples.chunks(EIGHT).enumerate() {
+                let mut eight = [ZERO_POINT; EIGHT];
+                eight[..samples.len()].copy_from_slice(samples);
+                self.values[group * stride + row * EIGHT..][..EIGHT].copy_from_slice(&eight);
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Elements of a row.
-    pub k: usize,
-    /// Elements that share a scale, a multiple of 4; 0 for one scale a row.
-    pub block: usize,
-    /// `[rows, stride(k)]`, offset by 128.
-    pub values: &'a [u8],
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Elements that share a scale, a multiple of 8; 0 for one scale a row.
+    pub fn block(&self) -> usize {
+        self.block
+    }
+
+    /// An element of a row, offset by 128.
+    pub fn value(&self, row: usize, k: usize) -> u8 {
+        assert!(row < self.rows && k < self.k, "no such element");
+        self.values[k / EIGHT * self.stride() + row * EIGHT + k % EIGHT]
+    }
+
     /// `[rows, ceil(k / block)]`, or `[rows]`.
-    pub scales: &'a [f32],
+    pub fn scales(&self) -> &[f32] {
+        &self.scales[..self.rows * self.scales_per_row()]
+    }
+
+    /// The elements from group `group` of eight and row `row` on.
+    pub(crate) fn values_from(&self, group: usize, row: usize) -> &[u8] {
+        &self.values[..self.num_values()][group * self.stride() + row * EIGHT..]
+    }
+
+    /// The distance between groups of eight k: an odd number of cache lines, so that groups do not fall on the same ones.
+    pub(crate) fn stride(&self) -> usize {
+        (self.rows * EIGHT).div_ceil(LINE) / 2 * 2 * LINE + LINE
+    }
+
+    fn scales_per_row(&self) -> usize {
+        if self.block == 0 { 1 } else { self.k.div_ceil(self.block) }
+    }
+
+    fn num_values(&self) -> usize {
+        self.k.div_ceil(EIGHT) * self.stride()
+    }
+
+    /// Makes room for `len` elements in rows of `k`.
+    fn start(&mut self, len: usize, k: usize, block: usize) -> Result<(), Error> {
+        if k == 0 || !len.is_multiple_of(k) || !block.is_multiple_of(EIGHT) {
+            return Err(Error::Shape(format!("quantize: {len} elements in rows of {k}, blocks of {block}")));
+        }
+        (self.rows, self.k, self.block) = (len / k, k, block);
+        let (values, scales) = (self.num_values(), self.rows * self.scales_per_row());
+        if self.values.len() < values {
+            self.values.resize(values, 0);
+        }
+        if self.scales.len() < scales {
+            self.scales.resize(scales, 0.0);
+        }
+        Ok(())
+    }
 }
 
-/// Where quantised activations are to go: as [`Quantized`].
-#[derive(Debug)]
-pub struct QuantizedMut<'a> {
-    /// Elements of a row.
-    pub k: usize,
-    /// Elements that share a scale, a multiple of 4; 0 for one scale a row.
-    pub block: usize,
-    /// `[rows, stride(k)]`
-    pub values: &'a mut [u8],
-    /// `[rows, ceil(k / block)]`, or `[rows]`.
-    pub scales: &'a mut [f32],
-}
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
-/// Scales of a row.
-pub fn num_scales(k: usize, block: usize) -> usize {
-    if block == 0 { 1 } else { k.div_ceil(block) }
-}
+/// Rows of one task: a cache line of their values.
+const TASK_ROWS: usize = LINE / EIGHT;
 
-/// Rows of one task: small enough for any number of threads, large enough to be worth a call.
-const TASK_ROWS: usize = 8;
-
-/// Quantises `x` `[rows, k]`, after `norm`.
+/// Quantises `x` `[rows, k]`, after `norm`, with a scale for each `block` elements, or with 0 for each row.
+///
+/// # Errors
+/// For lengths that do not fit each other, or a block that is no multiple of 8.
 pub fn quantize_rows(
     level: Level,
     workers: &dyn Workers,
-    x: &[f32],
+    (x, k): (&[f32], usize),
     norm: Norm<'_>,
-    out: QuantizedMut<'_>,
+    block: usize,
+    out: &mut Quantized,
 ) -> Result<(), Error> {
-    let (k, block) = (out.k, out.block);
-    if k == 0 || !x.len().is_multiple_of(k) || !block.is_multiple_of(4) {
-        return Err(Error::Shape(format!("quantize: {} elements in rows of {k}, blocks of {block}", x.len())));
-    }
-    let rows = x.len() / k;
-    check_len("values", rows * stride(k), out.values.len())?;
-    check_len("scales", rows * num_scales(k, block), out.scales.len())?;
     match norm {
         Norm::None => {}
         Norm::Rms { weight, .. } => check_len("norm weight", k, weight.len())?,
@@ -95,23 +156,16 @@ pub fn quantize_rows(
             check_len("norm bias", k, bias.len())?;
         }
     }
-    let (values, scales) = (Shared::new(out.values), Shared::new(out.scales));
+    out.start(x.len(), k, block)?;
+    let (rows, stride, each) = (out.rows, out.stride(), out.scales_per_row());
+    let (values, scales) = (Shared::new(&mut out.values), Shared::new(&mut out.scales));
     let num_tasks = rows.div_ceil(TASK_ROWS);
     workers.for_each(num_tasks, &|task| {
-        let rows = part_of(rows, num_tasks, task);
+        let rows = task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS);
         // SAFETY: tasks have disjoint rows.
-        let (values, scales) = unsafe {
-            let each = num_scales(k, block);
-            (
-                values.part(rows.start * stride(k), rows.len() * stride(k)),
-                scales.part(rows.start * each, rows.len() * each),
-            )
-        };
-        level.dispatch(Rows {
-            x: &x[rows.start * k..rows.end * k],
-            norm,
-            out: QuantizedMut { k, block, values, scales },
-        });
+        let scales = unsafe { scales.part(rows.start * each, rows.len() * each) };
+        let x = &x[rows.start * k..rows.end * k];
+        level.dispatch(Rows { x, k, norm, block, first: rows.start, values: &values, stride, scales });
     });
     Ok(())
 }
@@ -119,8 +173,15 @@ pub fn quantize_rows(
 /// Some rows, on one thread.
 struct Rows<'a> {
     x: &'a [f32],
+    k: usize,
     norm: Norm<'a>,
-    out: QuantizedMut<'a>,
+    block: usize,
+    /// The number of the first row.
+    first: usize,
+    /// Of all rows.
+    values: &'a Shared<'a, u8>,
+    stride: usize,
+    scales: &'a mut [f32],
 }
 
 impl Work for Rows<'_> {
@@ -128,25 +189,45 @@ impl Work for Rows<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let QuantizedMut { k, block, values, scales } = self.out;
-        let rows = self.x.chunks_exact(k).zip(values.chunks_exact_mut(stride(k)));
-        for ((x, values), scales) in rows.zip(scales.chunks_exact_mut(num_scales(k, block))) {
-            values[k..].fill(128);
-            let values = &mut values[..k];
-            match self.norm {
-                Norm::None => quantize(s, Plain { x }, block, values, scales),
+        let Self { x, k, norm, block, first, values, stride, scales } = self;
+        let block = if block == 0 { k } else { block };
+        for ((row, x), scales) in x.chunks_exact(k).enumerate().zip(scales.chunks_exact_mut(k.div_ceil(block))) {
+            let values = Values { values, start: (first + row) * EIGHT, stride };
+            match norm {
+                Norm::None => quantize(s, Plain { x }, (k, block), values, scales),
                 Norm::Rms { weight, epsilon } => {
                     let mean = sum_of(s, x, Square) / k as f32;
                     let factor = s.splat(1.0 / (mean + epsilon).sqrt());
-                    quantize(s, RmsNormed { x, weight, factor }, block, values, scales);
+                    quantize(s, RmsNormed { x, weight, factor }, (k, block), values, scales);
                 }
                 Norm::Layer { weight, bias, epsilon } => {
                     let mean = s.splat(sum_of(s, x, Value) / k as f32);
                     let variance = sum_of(s, x, SquareFrom(mean)) / k as f32;
                     let factor = s.splat(1.0 / (variance + epsilon).sqrt());
-                    quantize(s, LayerNormed { x, weight, bias, mean, factor }, block, values, scales);
+                    quantize(s, LayerNormed { x, weight, bias, mean, factor }, (k, block), values, scales);
                 }
             }
+        }
+    }
+}
+
+/// Where a row's values go.
+#[derive(Clone, Copy)]
+struct Values<'a> {
+    values: &'a Shared<'a, u8>,
+    start: usize,
+    stride: usize,
+}
+
+impl Values<'_> {
+    /// Writes the first of these to elements `at..at + len`, where `at` is a multiple of 8, and others to what completes eight.
+    #[inline(always)]
+    fn write(self, at: usize, len: usize, values: [u8; LANES]) {
+        let groups = values.as_chunks::<EIGHT>().0.iter().take(len.div_ceil(EIGHT));
+        for (group, values) in groups.enumerate() {
+            // SAFETY: tasks have disjoint rows, and nothing else of this row is borrowed.
+            let to = unsafe { self.values.part(self.start + (at / EIGHT + group) * self.stride, EIGHT) };
+            to.copy_from_slice(values);
         }
     }
 }
@@ -202,35 +283,35 @@ impl<S: Simd> Row<S> for LayerNormed<'_, S::F> {
 
 /// Quantises one row, whose elements are computed twice, which is cheaper than keeping them.
 #[inline(always)]
-fn quantize<S: Simd>(s: S, row: impl Row<S>, block: usize, values: &mut [u8], scales: &mut [f32]) {
-    let block = if block == 0 { values.len() } else { block };
-    for ((b, values), scale) in values.chunks_mut(block).enumerate().zip(scales) {
-        let (start, whole) = (b * block, values.len() / LANES * LANES);
+fn quantize<S: Simd>(s: S, row: impl Row<S>, (k, block): (usize, usize), values: Values<'_>, scales: &mut [f32]) {
+    for (b, scale) in scales.iter_mut().enumerate() {
+        let (start, end) = (b * block, k.min((b + 1) * block));
+        let whole = start + (end - start) / LANES * LANES;
         let mut largest = s.splat_i32(0);
-        for at in (0..whole).step_by(LANES) {
-            largest = s.max_i32(largest, magnitude(s, row.at(s, start + at, LANES)));
+        for at in (start..whole).step_by(LANES) {
+            largest = s.max_i32(largest, magnitude(s, row.at(s, at, LANES)));
         }
-        if whole < values.len() {
-            let len = values.len() - whole;
-            let v = s.first(len, row.at(s, start + whole, len), s.splat(0.0));
+        if whole < end {
+            let v = s.first(end - whole, row.at(s, whole, end - whole), s.splat(0.0));
             largest = s.max_i32(largest, magnitude(s, v));
         }
         let largest = f32::from_bits(s.largest_i32(largest) as u32);
         if !largest.is_finite() || largest < 1e-30 {
             *scale = if largest.is_finite() { 0.0 } else { f32::NAN };
-            values.fill(128);
+            (start..end).step_by(LANES).for_each(|at| values.write(at, LANES.min(end - at), [ZERO_POINT; LANES]));
             continue;
         }
         *scale = largest / 127.0;
         let inverse = s.splat(127.0 / largest);
-        let (chunks, tail) = values.as_chunks_mut::<LANES>();
-        for (i, to) in chunks.iter_mut().enumerate() {
-            s.store_u8(quantized(s, row.at(s, start + i * LANES, LANES), inverse), to);
+        let mut lanes = [0; LANES];
+        for at in (start..whole).step_by(LANES) {
+            s.store_u8(quantized(s, row.at(s, at, LANES), inverse), &mut lanes);
+            values.write(at, LANES, lanes);
         }
-        if !tail.is_empty() {
-            let mut lanes = [0; LANES];
-            s.store_u8(quantized(s, row.at(s, start + whole, tail.len()), inverse), &mut lanes);
-            tail.copy_from_slice(&lanes[..tail.len()]);
+        if whole < end {
+            let v = s.first(end - whole, row.at(s, whole, end - whole), s.splat(0.0));
+            s.store_u8(quantized(s, v, inverse), &mut lanes);
+            values.write(whole, end - whole, lanes);
         }
     }
 }
@@ -243,5 +324,5 @@ fn magnitude<S: Simd>(s: S, v: S::F) -> S::I {
 
 #[inline(always)]
 fn quantized<S: Simd>(s: S, v: S::F, inverse: S::F) -> S::I {
-    s.add_i32(s.round(s.mul(v, inverse)), s.splat_i32(128))
+    s.add_i32(s.round(s.mul(v, inverse)), s.splat_i32(i32::from(ZERO_POINT)))
 }

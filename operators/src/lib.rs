@@ -14,7 +14,7 @@ use ort::operator::{ComputeContext, KernelContext, OperatorDomain};
 use ort::value::{PrimitiveTensorElementType, ValueRef};
 
 pub use recaption_kernels::Level;
-use recaption_kernels::Workers;
+use recaption_kernels::{Quantized, Workers};
 
 /// Name of the domain, as the exporter writes it.
 const DOMAIN: &str = "recaption";
@@ -67,24 +67,10 @@ unsafe impl Workers for SessionThreads<'_> {
     }
 }
 
-/// Quantised activations between a norm and its product: one for each thread that runs sessions, so that it is in the cache
-/// and does not grow with the number of layers.
-#[derive(Default)]
-struct Scratch {
-    values: Vec<u8>,
-    scales: Vec<f32>,
-}
-
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { values: Vec::new(), scales: Vec::new() }) };
-}
-
-/// The first `len` elements of `buffer`, which grows where it has to.
-fn first<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    if buffer.len() < len {
-        buffer.resize(len, T::default());
-    }
-    &mut buffer[..len]
+    /// Quantised activations between a norm and its product: one for each thread that runs sessions, so that it is in the cache
+    /// and does not grow with the number of layers.
+    static SCRATCH: RefCell<Quantized> = RefCell::default();
 }
 
 fn refuse(reason: impl std::fmt::Display) -> ort::Error {

@@ -3,17 +3,14 @@
 //! Inputs: `x` `[rows, k]` (f32, or u8 samples); packed weights, corrections and scales; then, each of them optional, the norm's
 //! weight and bias `[k]`, the bias `[W's rows]`, the residual `[rows, columns]`. Output: f32 `[rows, columns]`.
 
-use std::borrow::Cow;
-
 use ort::operator::{ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput};
 use ort::value::TensorElementType::{Float32, Int8, Int32, Uint8};
 use ort::value::{TensorElementType, ValueRef};
 use recaption_kernels::{
-    Activation, Epilogue, Norm, PackSpec, PackedWeights, Quantized, QuantizedMut, Residual, linear, num_scales,
-    quantize_rows, stride,
+    Activation, Epilogue, Norm, PackSpec, PackedWeights, Quantized, Residual, linear, quantize_rows,
 };
 
-use super::{Machine, SCRATCH, Scratch, attribute, count, dims, elements, first, input, refuse};
+use super::{Machine, SCRATCH, attribute, count, dims, elements, input, refuse};
 
 /// For rows of f32, which it quantises.
 pub(super) struct OfRows(pub(super) Machine);
@@ -112,20 +109,20 @@ impl RowsKernel {
             "layer" => NormKind::Layer,
             other => return Err(refuse(format!("unknown norm `{other}`"))),
         };
-        let block = count(kernel, "block")?;
         let spec = PackSpec {
             columns: count(kernel, "columns")?,
             k: count(kernel, "k")?,
-            block,
-            block_scales: block > 0,
+            block: count(kernel, "block")?,
             gated: activation == Activation::SwiGlu,
+            // Graphs of before this was promised do not have it.
+            bounded: kernel.get::<i64>("bounded") == Some(1),
         };
         spec.check().map_err(refuse)?;
         Ok(Self { machine, spec, activation, norm, epsilon: attribute(kernel, "epsilon")? })
     }
 
     /// The product of rows that are quantised.
-    fn multiply(&self, context: &ComputeContext, x: Quantized<'_>, rows: usize) -> ort::Result<()> {
+    fn multiply(&self, context: &ComputeContext, x: &Quantized) -> ort::Result<()> {
         let (weights, corrections, scales) =
             (input(context, WEIGHTS)?, input(context, CORRECTIONS)?, input(context, SCALES)?);
         let weights = PackedWeights::new(self.spec, elements(&weights)?, elements(&corrections)?, elements(&scales)?);
@@ -135,7 +132,7 @@ impl RowsKernel {
             activation: self.activation,
             residual: optional(residual.as_ref())?.map_or(Residual::None, Residual::Add),
         };
-        let shape = [rows as i64, self.spec.columns as i64];
+        let shape = [x.rows() as i64, self.spec.columns as i64];
         let Some(mut out) = context.output(0, shape)? else { return Ok(()) };
         let out = out.try_extract_tensor_mut::<f32>()?.1;
         let workers = self.machine.workers(context);
@@ -161,13 +158,10 @@ impl Kernel for RowsKernel {
             (NormKind::Layer, Some(weight), Some(bias)) => Norm::Layer { weight, bias, epsilon },
             _ => return Err(refuse("the norm has no weights")),
         };
-        let rows = x.len() / k;
-        SCRATCH.with_borrow_mut(|Scratch { values, scales }| {
-            let values = first(values, rows * stride(k));
-            let scales = first(scales, rows * num_scales(k, block));
-            let out = QuantizedMut { k, block, values: &mut *values, scales: &mut *scales };
-            quantize_rows(self.machine.level, &self.machine.workers(context), x, norm, out).map_err(refuse)?;
-            self.multiply(context, Quantized { k, block, values, scales }, rows)
+        SCRATCH.with_borrow_mut(|quantized| {
+            let workers = self.machine.workers(context);
+            quantize_rows(self.machine.level, &workers, (x, k), norm, block, quantized).map_err(refuse)?;
+            self.multiply(context, quantized)
         })
     }
 }
@@ -176,25 +170,13 @@ impl Kernel for SamplesKernel {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
         let PackSpec { k, block, .. } = self.0.spec;
         let x = input(context, X)?;
-        let [rows, found] = dims(&x)?;
+        let [_, found] = dims(&x)?;
         if found != k || block != 0 {
             return Err(refuse(format!("samples in rows of {found}; weights of k {k}, block {block}")));
         }
-        let samples = elements::<u8>(&x)?;
-        let values = match stride(k) == k {
-            true => Cow::Borrowed(samples),
-            false => {
-                let mut padded = vec![0; rows * stride(k)];
-                padded.chunks_exact_mut(stride(k)).zip(samples.chunks_exact(k)).for_each(|(to, from)| {
-                    to[..k].copy_from_slice(from);
-                });
-                Cow::Owned(padded)
-            }
-        };
-        SCRATCH.with_borrow_mut(|Scratch { scales, .. }| {
-            let scales = first(scales, rows);
-            scales.fill(1.0);
-            self.0.multiply(context, Quantized { k, block, values: &values, scales }, rows)
+        SCRATCH.with_borrow_mut(|samples| {
+            samples.set_samples(elements(&x)?, k).map_err(refuse)?;
+            self.0.multiply(context, samples)
         })
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use recaption_export::{Precision, Target};
 use recaption_kernels::{
-    Activation, Epilogue, Level, PackSpec, Quantized, Residual, Serial, linear, num_scales, pack, stride,
+    Activation, Epilogue, Level, Norm, PackSpec, Quantized, Residual, Serial, linear, pack, quantize_rows,
 };
 
 use crate::error::{Error, Result};
@@ -103,17 +103,17 @@ fn best_own_product(num_threads: usize) -> Result<f64> {
     let mut best = 0.0_f64;
     // Scales by block as in the decoder, by row as in the vision tower.
     for (&[rows, k, columns], block) in SHAPES.iter().flat_map(|shape| [(shape, BLOCK), (shape, 0)]) {
-        let spec = PackSpec { columns, k, block, block_scales: block > 0, gated: false };
+        let spec = PackSpec { columns, k, block, gated: false, bounded: true };
         let weights = vec![3; spec.rows() * k];
-        let scales = vec![0.01; spec.rows() * spec.scales_per_row()];
+        let scales = vec![0.01; spec.rows() * spec.num_blocks()];
         let packed = pack(&spec, &weights, &scales).map_err(refused)?;
-        let (values, scales) = (vec![130; rows * stride(k)], vec![0.1; rows * num_scales(k, block)]);
+        let mut x = Quantized::default();
+        quantize_rows(level, &Serial, (&vec![0.5; rows * k], k), Norm::None, block, &mut x).map_err(refused)?;
         let outputs: Vec<_> = (0..num_threads).map(|_| Mutex::new(vec![0.0; rows * columns])).collect();
         let work = |thread: usize| {
             let mut out = outputs[thread].lock().expect("bug: each thread has its own");
-            let x = Quantized { k, block, values: &values, scales: &scales };
             let epilogue = Epilogue { bias: None, activation: Activation::Identity, residual: Residual::None };
-            linear(level, &Serial, x, &packed.view(), &epilogue, &mut out).expect("bug: the shapes are right");
+            linear(level, &Serial, &x, &packed.view(), &epilogue, &mut out).expect("bug: the shapes are right");
         };
         let operations = 2.0 * (rows * columns * k * num_threads) as f64;
         best = best.max(best_rate(operations, || drop(on_threads(num_threads, work))));

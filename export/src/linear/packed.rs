@@ -100,7 +100,7 @@ impl<'c> Linear<'c> {
         let LinearFormat::Packed { block } = format else { unreachable!("bug: a packed layer of another format") };
         let gated = activation == "swiglu";
         let columns = if gated { weight.num_rows() / 2 } else { weight.num_rows() };
-        let spec = PackSpec { columns, k: weight.row_size(), block, block_scales: block > 0, gated };
+        let spec = PackSpec { columns, k: weight.row_size(), block, gated, bounded: true };
         let weight = if gated { weight.in_gated_panels() } else { weight.in_panels() };
         let weight_name = format!("{}.weight", name.trim_start_matches('/'));
         let weights = graph.packed_weight(&weight_name, weight, PackedFormat { spec, zero_point });
@@ -124,6 +124,7 @@ impl<'c> Linear<'c> {
                 ("columns", Attribute::Int(columns as i64)),
                 ("k", Attribute::Int(spec.k as i64)),
                 ("block", Attribute::Int(block as i64)),
+                ("bounded", Attribute::Int(spec.bounded.into())),
                 ("norm", Attribute::Text(norm)),
                 ("epsilon", Attribute::Float(epsilon)),
                 ("activation", Attribute::Text(activation)),

@@ -60,9 +60,8 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
         ("vit-l fc1", 1024, 4096, false, 0),
     ];
     for (name, k, columns, gated, block) in shapes {
-        let spec = PackSpec { columns, k, block, block_scales: block > 0, gated };
-        let weights = normal_weights(spec.rows() * k);
-        let scales = vec![0.01; spec.rows() * spec.scales_per_row()];
+        let spec = PackSpec { columns, k, block, gated, bounded: true };
+        let (weights, scales) = normal_weights(&spec);
         // As many copies as it takes to leave the caches, as the layers of a model do.
         let copies = (96_usize << 20).div_ceil(spec.num_bytes());
         let packed = pack(&spec, &weights, &scales).expect("packs");
@@ -72,15 +71,15 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
             if name.starts_with("vit") && rows < 228 || name.ends_with("head") && rows > 32 {
                 continue;
             }
-            let (values, scales) = (vec![130; rows * stride(k)], vec![0.1; rows * num_scales(k, block)]);
+            let mut x = Quantized::default();
+            quantize_rows(level, pool, (&vec![0.5; rows * k], k), Norm::None, block, &mut x).expect("quantises");
             let mut out = vec![0.0; rows * columns];
             let mut copy = 0;
             let seconds = best(|| {
-                let x = Quantized { k, block, values: &values, scales: &scales };
                 let weights = copies[copy].view();
                 let activation = if gated { Activation::SwiGlu } else { Activation::Identity };
                 let epilogue = Epilogue { bias: None, activation, residual: Residual::None };
-                linear(level, pool, x, &weights, &epilogue, &mut out).expect("runs");
+                linear(level, pool, &x, &weights, &epilogue, &mut out).expect("runs");
                 black_box(&mut out);
                 copy = (copy + 1) % copies.len();
             });
@@ -96,21 +95,26 @@ fn linears(level: Level, pool: &Pool, limits: &limits::Limits) {
     }
 }
 
-/// Quantised weights with a bell curve's shape, the largest at about four standard deviations: a sum of uniform numbers.
-fn normal_weights(len: usize) -> Vec<i8> {
+/// Weights with a bell curve's shape, a sum of uniform numbers, quantised: values and scales.
+fn normal_weights(spec: &PackSpec) -> (Vec<i8>, Vec<f32>) {
     let mut state = 1u64;
     let mut uniform = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1 << 24) as f32 - 0.5
     };
-    (0..len).map(|_| ((0..12).map(|_| uniform()).sum::<f32>() * 32.0).round() as i8).collect()
+    let (mut values, mut scales) = (vec![0; spec.rows() * spec.k], vec![0.0; spec.rows() * spec.num_blocks()]);
+    for (values, scales) in values.chunks_exact_mut(spec.k).zip(scales.chunks_exact_mut(spec.num_blocks())) {
+        let row: Vec<f32> = (0..spec.k).map(|_| (0..12).map(|_| uniform()).sum()).collect();
+        quantize_weights(spec, &row, values, scales).expect("quantises");
+    }
+    (values, scales)
 }
 
 fn quantizes(level: Level, pool: &Pool) {
     println!("\nquantise, microseconds for 228 rows: plain, RMS, layer norm");
     for k in [576, 768, 1536, 2048] {
         let (x, weight) = (vec![0.7; 228 * k], vec![1.1; k]);
-        let (mut values, mut scales) = (vec![0; 228 * stride(k)], vec![0.0; 228]);
+        let mut quantized = Quantized::default();
         print!("k={k}:");
         let norms = [
             Norm::None,
@@ -119,8 +123,7 @@ fn quantizes(level: Level, pool: &Pool) {
         ];
         for norm in norms {
             let seconds = best(|| {
-                let out = QuantizedMut { k, block: 0, values: &mut values, scales: &mut scales };
-                quantize_rows(level, pool, &x, norm, out).expect("runs");
+                quantize_rows(level, pool, (&x, k), norm, 0, &mut quantized).expect("runs");
             });
             print!(" {:.1}", seconds * 1e6);
         }

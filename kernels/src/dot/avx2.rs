@@ -1,26 +1,28 @@
 //! AVX2, with and without VNNI.
 //!
-//! Without it, the sign of a weight goes to the activation, so that no sum of 16 bits saturates (see [`products`]).
+//! Without it there is only `vpmaddubsw`: unsigned times signed bytes, summed in pairs to 16 bits, which saturate. Bounded
+//! weights stay within 16 bits, in pairs and in fours ([`products_of_bounded`]); of others the sign goes to the activation
+//! ([`products`]).
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 use super::{COLUMNS, Dot, ROWS, Scales, Step, Sums, Tile, with_rows};
+use crate::quantize::EIGHT;
 use crate::simd::avx2::Avx2;
 
 /// Rows at a time with VNNI: 3 x 4 accumulators of 8 lanes leave four registers for operands.
 const VNNI_ROWS: usize = 3;
 
 /// Columns of a vector, with four k each.
-const EIGHT: usize = 8;
+const GROUP: usize = 8;
 
-/// Steps whose activations are put side by side: 12 rows of them take 6 KB, which leaves most of the first-level cache to weights.
+/// Steps that are taken at a time: 12 rows of their activations take 6 KB, which leaves most of the first-level cache to weights.
 pub(crate) const CHUNK: usize = 128;
 
 impl<const VNNI: bool> Dot for Avx2<VNNI> {
     #[inline(always)]
-    fn start(self, b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
-        if VNNI {
+    fn start(self, b: &[Step], bounded: bool, corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
+        if VNNI || bounded {
             return corrections;
         }
         // SAFETY: the token proves the instructions.
@@ -31,24 +33,29 @@ impl<const VNNI: bool> Dot for Avx2<VNNI> {
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
         if !VNNI {
-            with_rows!(rows, product(tile, sums), 1 2 3 4 5 6 7 8 9 10 11 12);
+            match tile.bounded {
+                true => with_rows!(rows, |R| product::<R, true>(tile, sums), 1 2 3 4 5 6 7 8 9 10 11 12),
+                false => with_rows!(rows, |R| product::<R, false>(tile, sums), 1 2 3 4 5 6 7 8 9 10 11 12),
+            }
             return;
         }
         for first in (0..rows).step_by(VNNI_ROWS) {
-            let tile = Tile { a: &tile.a[first * tile.stride..], ..tile };
-            let (rows, sums) = (VNNI_ROWS.min(rows - first), &mut sums[first..]);
-            with_rows!(rows, product_vnni(tile, sums), 1 2 3);
+            let (rows, tile, sums) = (VNNI_ROWS.min(rows - first), tile.from_row(first), &mut sums[first..]);
+            with_rows!(rows, |R| product_vnni::<R>(tile, sums), 1 2 3);
         }
     }
 }
 
 impl Avx2<false> {
-    /// [`Simd::add_tile`](crate::simd::Simd::add_tile).
+    /// [`Simd::add_tile`](crate::simd::Simd::add_tile), of one chunk.
     #[inline(always)]
     pub(crate) fn add_product(self, rows: usize, tile: Tile<'_>, scales: Scales<'_>, acc: &mut [[f32; COLUMNS]; ROWS]) {
         tile.check(rows);
         assert!(tile.b.len() <= CHUNK, "bug: sums of several chunks have no place");
-        with_rows!(rows, product_add(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12);
+        match tile.bounded {
+            true => with_rows!(rows, |R| product_add::<R, true>(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12),
+            false => with_rows!(rows, |R| product_add::<R, false>(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12),
+        }
     }
 }
 
@@ -59,12 +66,12 @@ fn with_left_out(b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
     let (one, zero) = (_mm256_set1_epi8(1), _mm256_setzero_si256());
     // 128 steps of pairs between -256 and 254 are what 16 bits hold.
     for b in b.chunks(128) {
-        for (part, starts) in starts.as_chunks_mut::<EIGHT>().0.iter_mut().enumerate() {
+        for (group, starts) in starts.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
             // 128 w for a positive weight, 127 w for a negative one: 127 times all and once the positive.
             let (mut all, mut positive) = (zero, zero);
             for step in b {
                 // SAFETY: a quarter of a step has 32 bytes.
-                let b = unsafe { _mm256_loadu_si256(step[4 * EIGHT * part..][..4 * EIGHT].as_ptr().cast()) };
+                let b = unsafe { _mm256_loadu_si256(step[4 * GROUP * group..].as_ptr().cast()) };
                 all = _mm256_add_epi16(all, _mm256_maddubs_epi16(one, b));
                 positive = _mm256_add_epi16(positive, _mm256_maddubs_epi16(one, _mm256_max_epi8(b, zero)));
             }
@@ -81,25 +88,25 @@ fn with_left_out(b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
 /// # Safety
 /// `tile.check(R)` holds.
 #[target_feature(enable = "avx2")]
-unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut [[i32; COLUMNS]]) {
+unsafe fn product<const R: usize, const BOUNDED: bool>(tile: Tile<'_>, sums: &mut [[i32; COLUMNS]]) {
     let sums: &mut [[i32; COLUMNS]; R] = (&mut sums[..R]).try_into().expect("bug: a slice of its length");
-    let mut near = Near::<R>([const { [MaybeUninit::uninit(); 4 * CHUNK] }; R]);
     for (number, b) in tile.b.chunks(CHUNK).enumerate() {
-        near.copy(&tile.a[number * 4 * CHUNK..], tile.stride, b.len());
         let next = tile.next.chunks(CHUNK).nth(number).unwrap_or(&[]);
-        for part in 0..COLUMNS / EIGHT {
-            let at = EIGHT * part;
+        let chunk = Tile { a: &tile.a[number * CHUNK / 2 * tile.stride..], b, next, ..tile };
+        for group in 0..COLUMNS / GROUP {
+            let at = GROUP * group;
             let mut acc = [_mm256_setzero_si256(); R];
             for (acc, sums) in acc.iter_mut().zip(&*sums) {
                 let from = if number == 0 { tile.init } else { sums };
                 // SAFETY: eight i32.
-                *acc = unsafe { _mm256_loadu_si256(from[at..][..EIGHT].as_ptr().cast()) };
+                *acc = unsafe { _mm256_loadu_si256(from[at..][..GROUP].as_ptr().cast()) };
             }
-            // SAFETY: as many steps as were copied.
-            acc = unsafe { products(acc, &near, part, b, next) };
+            // SAFETY: a piece of a checked tile.
+            acc =
+                unsafe { if BOUNDED { products_of_bounded(acc, &chunk, group) } else { products(acc, &chunk, group) } };
             for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
                 // SAFETY: eight i32.
-                unsafe { _mm256_storeu_si256(sums[at..][..EIGHT].as_mut_ptr().cast(), *acc) };
+                unsafe { _mm256_storeu_si256(sums[at..][..GROUP].as_mut_ptr().cast(), *acc) };
             }
         }
     }
@@ -110,95 +117,95 @@ unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut [[i32; COLUMNS]]) {
 /// # Safety
 /// `tile.check(R)` holds.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn product_add<const R: usize>(tile: Tile<'_>, (scales, to): (Scales<'_>, &mut [[f32; COLUMNS]; ROWS])) {
-    let mut near = Near::<R>([const { [MaybeUninit::uninit(); 4 * CHUNK] }; R]);
-    near.copy(tile.a, tile.stride, tile.b.len());
-    let of_columns = match scales {
-        Scales::Rows(_) => &[1.0; COLUMNS],
-        Scales::Columns(columns) | Scales::Both(_, columns) => columns,
-    };
-    for part in 0..COLUMNS / EIGHT {
-        let at = EIGHT * part;
+unsafe fn product_add<const R: usize, const BOUNDED: bool>(
+    tile: Tile<'_>,
+    (scales, to): (Scales<'_>, &mut [[f32; COLUMNS]; ROWS]),
+) {
+    for group in 0..COLUMNS / GROUP {
+        let at = GROUP * group;
         // SAFETY: eight i32.
-        let acc = [unsafe { _mm256_loadu_si256(tile.init[at..][..EIGHT].as_ptr().cast()) }; R];
-        // SAFETY: as many steps as were copied.
-        let acc = unsafe { products(acc, &near, part, tile.b, tile.next) };
+        let acc = [unsafe { _mm256_loadu_si256(tile.init[at..][..GROUP].as_ptr().cast()) }; R];
+        // SAFETY: a checked tile.
+        let acc = unsafe { if BOUNDED { products_of_bounded(acc, &tile, group) } else { products(acc, &tile, group) } };
         // SAFETY: eight f32.
-        let of_columns = unsafe { _mm256_loadu_ps(of_columns[at..][..EIGHT].as_ptr()) };
+        let columns = unsafe { _mm256_loadu_ps(scales.columns[at..][..GROUP].as_ptr()) };
         for (r, (acc, to)) in acc.iter().zip(&mut *to).enumerate() {
-            let scale = match scales {
-                Scales::Rows(rows) => _mm256_set1_ps(rows[r]),
-                Scales::Columns(_) => of_columns,
-                Scales::Both(rows, _) => _mm256_mul_ps(_mm256_set1_ps(rows[r]), of_columns),
-            };
-            let to = to[at..][..EIGHT].as_mut_ptr();
+            let scale = _mm256_mul_ps(_mm256_set1_ps(scales.rows[r]), columns);
+            let to = to[at..][..GROUP].as_mut_ptr();
             // SAFETY: eight f32.
             unsafe { _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(*acc), scale, _mm256_loadu_ps(to))) };
         }
     }
 }
 
-/// Activations of a chunk's steps, side by side: where they lie they may be a power of two apart, which a cache does not like.
-struct Near<const R: usize>([[MaybeUninit<u8>; 4 * CHUNK]; R]);
-
-impl<const R: usize> Near<R> {
-    /// Copies R rows of some steps.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn copy(&mut self, a: &[u8], stride: usize, steps: usize) {
-        for (r, near) in self.0.iter_mut().enumerate() {
-            copy(&a[r * stride..][..4 * steps], near);
-        }
-    }
-}
-
-/// Adds the products of eight columns by `vpmaddubsw`, the only one of bytes that AVX2 has: unsigned times signed bytes, summed
-/// in pairs to 16 bits, which saturate. So that no pair can, the unsigned factor is the size of the weight, at most 128, and the
-/// signed one the activation less 128, with its bits flipped where the weight is negative: 2 x 128 x -128 is the least that 16
-/// bits hold. Flipped bits are the negative less 1, which [`with_left_out`] makes good for all rows at once.
+/// Adds the products of bounded weights for a group of columns: two steps' pairs are added as 16 bits before they are widened.
+/// No pair can saturate, and no sum of two pairs wrap, since those weights of a sum that are of one sign add up to 128 at most:
+/// 255 x 128 = 32,640.
 ///
 /// # Safety
-/// `near` has as many steps as `b`.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn products<const R: usize>(
-    mut acc: [__m256i; R],
-    near: &Near<R>,
-    part: usize,
-    b: &[Step],
-    next: &[Step],
-) -> [__m256i; R] {
-    let (ones, zero, top) = (_mm256_set1_epi16(1), _mm256_setzero_si256(), _mm256_set1_epi8(-128));
-    let near: *const [u8; 4 * CHUNK] = near.0.as_ptr().cast();
-    let next: *const i8 = next.as_ptr().cast();
-    for (k, step) in b.iter().enumerate() {
-        // A hint, which takes any address: behind `next` lies what comes after it.
-        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(size_of::<Step>() * k + 4 * EIGHT * part));
-        // SAFETY: a quarter of a step has 32 bytes.
-        let b = unsafe { _mm256_loadu_si256(step[4 * EIGHT * part..][..4 * EIGHT].as_ptr().cast()) };
-        let (size, flip) = (_mm256_abs_epi8(b), _mm256_xor_si256(_mm256_cmpgt_epi8(zero, b), top));
-        for (r, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: step k of what was copied.
-            let four = unsafe { near.add(r).cast::<i32>().add(k).read_unaligned() };
-            let pairs = _mm256_maddubs_epi16(size, _mm256_xor_si256(_mm256_set1_epi32(four), flip));
-            *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, ones));
+/// The processor has AVX2; the tile is a checked one of at least R rows. (Without the attribute that says so: with it, a
+/// function cannot be inlined always, and the sums would go through memory.)
+#[inline(always)]
+unsafe fn products_of_bounded<const R: usize>(mut acc: [__m256i; R], tile: &Tile<'_>, group: usize) -> [__m256i; R] {
+    let (twos, last) = tile.b.as_chunks::<2>();
+    let next: *const i8 = tile.next.as_ptr().cast();
+    let a = tile.a.as_ptr();
+    // The compiler is not to know that these are beside the others: it would load both at once, and take them apart in registers
+    // at more than twice the cost.
+    let further = std::hint::black_box(a.wrapping_add(4));
+    // SAFETY: the instructions by contract; a group of a step has 32 bytes, and what is read of `a` is inside it by `check`.
+    unsafe {
+        let ones = _mm256_set1_epi16(1);
+        for (k, two) in twos.iter().enumerate() {
+            // A hint, which takes any address: behind `next` lies what comes after it. A line of 64 bytes for each group.
+            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(2 * size_of::<Step>() * k + 2 * 4 * GROUP * group));
+            let b = two.each_ref().map(|b| _mm256_loadu_si256(b[4 * GROUP * group..].as_ptr().cast()));
+            let (a, further) = (a.add(k * tile.stride), further.add(k * tile.stride));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let fours = [a, further].map(|a| a.add(EIGHT * r).cast::<i32>().read_unaligned());
+                let pairs = _mm256_add_epi16(
+                    _mm256_maddubs_epi16(_mm256_set1_epi32(fours[0]), b[0]),
+                    _mm256_maddubs_epi16(_mm256_set1_epi32(fours[1]), b[1]),
+                );
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, ones));
+            }
+        }
+        for b in last {
+            let b = _mm256_loadu_si256(b[4 * GROUP * group..].as_ptr().cast());
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(tile.four(r, 2 * twos.len())), b);
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, ones));
+            }
         }
     }
     acc
 }
 
-/// Copies `from` to the beginning of `to`, which is at least as long.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn copy(from: &[u8], to: &mut [MaybeUninit<u8>]) {
-    // A block is 128 elements long: so many are copied without a call.
-    if let (Ok(from), Some(to)) = (<&[u8; 128]>::try_from(from), to.first_chunk_mut::<128>()) {
-        *to = from.map(MaybeUninit::new);
-        return;
+/// Adds the products of any weights for a group of columns. So that no pair can saturate, the unsigned factor is the size of the
+/// weight, at most 128, and the signed one the activation less 128, with its bits flipped where the weight is negative: 2 x 128 x
+/// -128 is the least that 16 bits hold. Flipped bits are the negative less 1, which [`with_left_out`] makes good for all rows at
+/// once.
+///
+/// # Safety
+/// As above.
+#[inline(always)]
+unsafe fn products<const R: usize>(mut acc: [__m256i; R], tile: &Tile<'_>, group: usize) -> [__m256i; R] {
+    let next: *const i8 = tile.next.as_ptr().cast();
+    // SAFETY: as above.
+    unsafe {
+        let (ones, zero, top) = (_mm256_set1_epi16(1), _mm256_setzero_si256(), _mm256_set1_epi8(-128));
+        for (k, step) in tile.b.iter().enumerate() {
+            // A hint, as above.
+            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(size_of::<Step>() * k + 4 * GROUP * group));
+            let b = _mm256_loadu_si256(step[4 * GROUP * group..].as_ptr().cast());
+            let (size, flip) = (_mm256_abs_epi8(b), _mm256_xor_si256(_mm256_cmpgt_epi8(zero, b), top));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let flipped = _mm256_xor_si256(_mm256_set1_epi32(tile.four(r, k)), flip);
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(_mm256_maddubs_epi16(size, flipped), ones));
+            }
+        }
     }
-    to.iter_mut().zip(from).for_each(|(to, &from)| {
-        to.write(from);
-    });
+    acc
 }
 
 /// The products with one of the two encodings of 256-bit `vpdpbusd`: AVX-VNNI's, and AVX-512's for processors that have no
@@ -214,13 +221,11 @@ macro_rules! vnni {
             let init = unsafe { [0, 1, 2, 3].map(|j| _mm256_loadu_si256(init.add(j))) };
             let mut acc = [init; R];
             for (k, b) in tile.b.iter().enumerate() {
-                let b: &Step = b;
                 let b: *const __m256i = b.as_ptr().cast();
                 let mut fours = [_mm256_setzero_si256(); R];
                 for (r, four) in fours.iter_mut().enumerate() {
-                    let a = tile.a.as_ptr();
-                    // SAFETY: step k of row r, inside `tile.a` by `check`.
-                    *four = _mm256_set1_epi32(unsafe { a.add(r * tile.stride + 4 * k).cast::<i32>().read_unaligned() });
+                    // SAFETY: a row and a step of a checked tile.
+                    *four = _mm256_set1_epi32(unsafe { tile.four(r, k) });
                 }
                 for j in 0..4 {
                     // SAFETY: a step has 128 bytes.
@@ -256,10 +261,10 @@ mod tests {
         if !is_x86_feature_detected!("avx512vl") || !is_x86_feature_detected!("avx512vnni") {
             return;
         }
-        let a: Vec<u8> = (0..3 * 52).map(|i| (i * 89 % 256) as u8).collect();
+        let a: Vec<u8> = (0..7 * 40).map(|i| (i * 89 % 256) as u8).collect();
         let b: Vec<Step> = (0..13).map(|k| std::array::from_fn(|i| (k * 31 + i * 57) as u8 as i8)).collect();
         let init = std::array::from_fn(|i| i as i32 - 9);
-        let tile = Tile { a: &a, stride: 52, b: &b, init: &init, next: &[] };
+        let tile = Tile { a: &a, stride: 40, b: &b, bounded: false, init: &init, next: &[] };
         let (mut want, mut got) = ([[0; COLUMNS]; 12], [[0; COLUMNS]; 12]);
         Portable.tile(3, tile, &mut want);
         tile.check(3);

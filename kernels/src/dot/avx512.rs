@@ -2,14 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Dot, ROWS, Scales, Step, Sums, Tile, with_rows};
+use super::{COLUMNS, Dot, ROWS, Scales, Sums, Tile, with_rows};
 use crate::simd::avx512::Avx512;
 
 impl Dot for Avx512 {
     #[inline(always)]
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
-        with_rows!(rows, product(tile, sums), 1 2 3 4 5 6 7 8 9 10 11 12);
+        with_rows!(rows, |R| product::<R>(tile, sums), 1 2 3 4 5 6 7 8 9 10 11 12);
     }
 }
 
@@ -18,7 +18,7 @@ impl Avx512 {
     #[inline(always)]
     pub(crate) fn add_product(self, rows: usize, tile: Tile<'_>, scales: Scales<'_>, acc: &mut [[f32; COLUMNS]; ROWS]) {
         tile.check(rows);
-        with_rows!(rows, product_add(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12);
+        with_rows!(rows, |R| product_add::<R>(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12);
     }
 }
 
@@ -46,20 +46,13 @@ unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut Sums) {
 unsafe fn product_add<const R: usize>(tile: Tile<'_>, (scales, to): (Scales<'_>, &mut [[f32; COLUMNS]; ROWS])) {
     // SAFETY: by contract.
     let sums = unsafe { in_registers::<R>(tile) };
-    let of_columns = match scales {
-        Scales::Rows(_) => &[1.0; COLUMNS],
-        Scales::Columns(columns) | Scales::Both(_, columns) => columns,
-    };
+    let columns = scales.columns;
     // SAFETY: 32 columns.
-    let of_columns = unsafe { [_mm512_loadu_ps(of_columns.as_ptr()), _mm512_loadu_ps(of_columns[16..].as_ptr())] };
+    let columns = unsafe { [_mm512_loadu_ps(columns.as_ptr()), _mm512_loadu_ps(columns[16..].as_ptr())] };
     for (r, (sums, to)) in sums.iter().zip(to).enumerate() {
         let to = to.as_mut_ptr();
         for i in 0..2 {
-            let scale = match scales {
-                Scales::Rows(rows) => _mm512_set1_ps(rows[r]),
-                Scales::Columns(_) => of_columns[i],
-                Scales::Both(rows, _) => _mm512_mul_ps(_mm512_set1_ps(rows[r]), of_columns[i]),
-            };
+            let scale = _mm512_mul_ps(_mm512_set1_ps(scales.rows[r]), columns[i]);
             // SAFETY: a row has 32 f32.
             unsafe {
                 let to = to.add(16 * i);
@@ -78,40 +71,21 @@ unsafe fn in_registers<const R: usize>(tile: Tile<'_>) -> [[__m512i; 2]; R] {
     // SAFETY: `init` has 32 i32.
     let init = unsafe { [_mm512_loadu_si512(init), _mm512_loadu_si512(init.add(1))] };
     let mut acc = [init; R];
-    let (ahead, rest) = tile.b.split_at(tile.next.len());
-    let mut a = tile.a.as_ptr();
-    for (b, next) in ahead.iter().zip(tile.next) {
-        _mm_prefetch::<_MM_HINT_T1>(next.as_ptr());
-        // SAFETY: inside `next`, 128 bytes long.
-        _mm_prefetch::<_MM_HINT_T1>(unsafe { next.as_ptr().add(64) });
-        // SAFETY: step i reads bytes 4 i of R rows, inside `tile.a` by `check`; one past the end is only computed.
-        unsafe {
-            step(&mut acc, a, tile.stride, b);
-            a = a.add(4);
+    for (k, b) in tile.b.iter().enumerate() {
+        if let Some(next) = tile.next.get(k) {
+            _mm_prefetch::<_MM_HINT_T1>(next.as_ptr());
+            // SAFETY: inside `next`, 128 bytes long.
+            _mm_prefetch::<_MM_HINT_T1>(unsafe { next.as_ptr().add(64) });
         }
-    }
-    for b in rest {
-        // SAFETY: as above.
-        unsafe {
-            step(&mut acc, a, tile.stride, b);
-            a = a.add(4);
+        let b: *const __m512i = b.as_ptr().cast();
+        // SAFETY: a step has 128 bytes.
+        let b = unsafe { [_mm512_loadu_si512(b), _mm512_loadu_si512(b.add(1))] };
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: a row and a step of a checked tile.
+            let four = _mm512_set1_epi32(unsafe { tile.four(r, k) });
+            acc[0] = _mm512_dpbusd_epi32(acc[0], four, b[0]);
+            acc[1] = _mm512_dpbusd_epi32(acc[1], four, b[1]);
         }
     }
     acc
-}
-
-/// # Safety
-/// Four bytes can be read at `a + r * stride` for each r below R.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn step<const R: usize>(acc: &mut [[__m512i; 2]; R], a: *const u8, stride: usize, b: &Step) {
-    let b: *const __m512i = b.as_ptr().cast();
-    // SAFETY: a step has 128 bytes.
-    let b = unsafe { [_mm512_loadu_si512(b), _mm512_loadu_si512(b.add(1))] };
-    for (r, acc) in acc.iter_mut().enumerate() {
-        // SAFETY: by contract.
-        let four = _mm512_set1_epi32(unsafe { a.add(r * stride).cast::<i32>().read_unaligned() });
-        acc[0] = _mm512_dpbusd_epi32(acc[0], four, b[0]);
-        acc[1] = _mm512_dpbusd_epi32(acc[1], four, b[1]);
-    }
 }

@@ -2,6 +2,8 @@
 //!
 //! Exact at every level: sums wrap at 32 bits and no step saturates, so all levels give the same integers.
 
+use crate::quantize::EIGHT;
+
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -26,23 +28,23 @@ pub(crate) type Sums = [[i32; COLUMNS]; ROWS];
 /// The operands of one tile.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile<'a> {
-    /// Row `r`'s activations are `a[r * stride..][..4 * b.len()]`.
+    /// Row `r`'s activations of steps 2 `i` and 2 `i` + 1 are `a[i * stride + 8 * r..][..8]`.
     pub(crate) a: &'a [u8],
     pub(crate) stride: usize,
     pub(crate) b: &'a [Step],
+    /// Whether the weights are ([`PackSpec::bounded`](crate::PackSpec)).
+    pub(crate) bounded: bool,
     /// What the sums start from, by [`Dot::start`].
     pub(crate) init: &'a [i32; COLUMNS],
     /// Weights to fetch meanwhile, since the next tiles need them; not longer than `b`.
     pub(crate) next: &'a [Step],
 }
 
-/// What a block's sums are multiplied by.
+/// What a block's sums are multiplied by: the rounded product of a row's and a column's.
 #[derive(Clone, Copy)]
-pub(crate) enum Scales<'a> {
-    Rows(&'a [f32; ROWS]),
-    Columns(&'a [f32; COLUMNS]),
-    /// The product of the two, rounded.
-    Both(&'a [f32; ROWS], &'a [f32; COLUMNS]),
+pub(crate) struct Scales<'a> {
+    pub(crate) rows: &'a [f32; ROWS],
+    pub(crate) columns: &'a [f32; COLUMNS],
 }
 
 /// One instruction set's integer products.
@@ -50,7 +52,7 @@ pub(crate) trait Dot {
     /// What the sums over some weights start from: the corrections, which take the activations' offset away, and what this
     /// instruction set's products leave out.
     #[inline(always)]
-    fn start(self, _b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS]
+    fn start(self, _b: &[Step], _bounded: bool, corrections: [i32; COLUMNS]) -> [i32; COLUMNS]
     where
         Self: Sized,
     {
@@ -64,26 +66,46 @@ pub(crate) trait Dot {
 impl Tile<'_> {
     /// What the kernels' unchecked reads rely on.
     fn check(&self, rows: usize) {
+        let last = self.b.len().div_ceil(2).saturating_sub(1);
         assert!(
             (1..=ROWS).contains(&rows)
-                && (rows - 1) * self.stride + 4 * self.b.len() <= self.a.len()
+                && last * self.stride + EIGHT * rows <= self.a.len()
                 && self.next.len() <= self.b.len(),
             "bug: a tile reaches beyond its activations"
         );
     }
+
+    /// The four activations of row `r` for step `k`.
+    ///
+    /// # Safety
+    /// A checked tile's row and step.
+    #[inline(always)]
+    unsafe fn four(&self, r: usize, k: usize) -> i32 {
+        let at = k / 2 * self.stride + EIGHT * r + k % 2 * 4;
+        // SAFETY: by contract; `check` knows of eight for each row.
+        unsafe { self.a.as_ptr().add(at).cast::<i32>().read_unaligned() }
+    }
+
+    /// Without the first rows.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    fn from_row(self, first: usize) -> Self {
+        Self { a: &self.a[EIGHT * first..], ..self }
+    }
 }
 
-/// Calls `$f::<N>($arguments)` for the N that equals `$rows`.
+/// `$call` with the constant `$n` for the one of the literals that equals `$rows`.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! with_rows {
-    ($rows:expr, $f:ident $arguments:tt, $($n:literal)*) => {
+    ($rows:expr, |$n:ident| $call:expr, $($literal:literal)*) => {
         match $rows {
-            // SAFETY: called in a method of the token that proves the instructions; `check` proved the reads.
-            $($n => unsafe { with_rows!(@ $f $n $arguments) },)*
+            $($literal => {
+                const $n: usize = $literal;
+                // SAFETY: called in a method of the token that proves the instructions; `check` proved the reads.
+                unsafe { $call }
+            })*
             _ => unreachable!("bug: a tile of {} rows", $rows),
         }
     };
-    (@ $f:ident $n:literal ($($argument:expr),*)) => { $f::<$n>($($argument),*) };
 }
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use with_rows;

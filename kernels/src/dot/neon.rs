@@ -19,9 +19,8 @@ impl Dot for Neon {
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
         for first in (0..rows).step_by(ROWS) {
-            let tile = Tile { a: &tile.a[first * tile.stride..], ..tile };
-            let (rows, sums) = (ROWS.min(rows - first), &mut sums[first..]);
-            with_rows!(rows, product(tile, sums), 1 2 3 4);
+            let (rows, tile, sums) = (ROWS.min(rows - first), tile.from_row(first), &mut sums[first..]);
+            with_rows!(rows, |R| product::<R>(tile, sums), 1 2 3 4);
         }
     }
 }
@@ -57,8 +56,8 @@ unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut [[i32; COLUMNS]]) {
                 weights[j] = sdot(weights[j], b[j], ones);
             }
             for (r, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: step k of row r, inside `tile.a` by `check`.
-                let four = unsafe { tile.a.as_ptr().add(r * tile.stride + 4 * k).cast::<u32>().read_unaligned() };
+                // SAFETY: a row and a step of a checked tile.
+                let four = unsafe { tile.four(r, k) } as u32;
                 let four = vreinterpretq_s8_u32(vdupq_n_u32(four ^ 0x8080_8080));
                 for j in 0..VECTORS {
                     acc[j] = sdot(acc[j], b[j], four);

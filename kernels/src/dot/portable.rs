@@ -9,8 +9,9 @@ impl Dot for Portable {
         tile.check(rows);
         for (r, sums) in sums.iter_mut().enumerate().take(rows) {
             *sums = *tile.init;
-            let row = tile.a[r * tile.stride..].as_chunks::<4>().0;
-            for (a, b) in row.iter().zip(tile.b) {
+            for (k, b) in tile.b.iter().enumerate() {
+                // SAFETY: a row and a step of a checked tile.
+                let a = unsafe { tile.four(r, k) }.to_ne_bytes();
                 let b = b.as_chunks::<4>().0;
                 for c in 0..COLUMNS {
                     let products = (0..4).map(|i| i32::from(a[i]) * i32::from(b[c][i]));

@@ -124,11 +124,7 @@ pub(crate) fn add_sums<S: Simd>(
     for (r, (acc, sums)) in acc.iter_mut().zip(&*sums).enumerate().take(rows) {
         let (acc, sums) = (acc.as_chunks_mut::<LANES>().0, sums.as_chunks::<LANES>().0);
         for (i, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
-            let scale = match scales {
-                Scales::Rows(rows) => s.splat(rows[r]),
-                Scales::Columns(columns) => s.load(&columns.as_chunks().0[i]),
-                Scales::Both(rows, columns) => s.mul(s.splat(rows[r]), s.load(&columns.as_chunks().0[i])),
-            };
+            let scale = s.mul(s.splat(scales.rows[r]), s.load(&scales.columns.as_chunks().0[i]));
             s.store(s.fma(s.to_f32(s.load_i32(sums)), scale, s.load(acc)), acc);
         }
     }

@@ -12,8 +12,7 @@ struct Case {
     k: usize,
     columns: usize,
     block: usize,
-    row_blocks: bool,
-    block_scales: bool,
+    bounded: bool,
     activation: Activation,
     norm: u8,
     residual: u8,
@@ -31,18 +30,17 @@ fn cases() -> impl Strategy<Value = Case> {
     ]);
     // Some k beyond what a kernel takes at a time, in one block and in blocks that are as long.
     let k = prop_oneof![3 => 1..300usize, 1 => 500..1300usize];
-    let sizes = (0..30usize, k, 0..100usize, prop::sample::select(vec![0usize, 4, 32, 128, 640]));
-    let flags = (any::<bool>(), any::<bool>(), 0..3u8, 0..3u8, any::<bool>());
+    let sizes = (0..30usize, k, 0..100usize, prop::sample::select(vec![0usize, 8, 24, 32, 128, 640]));
+    let flags = (any::<bool>(), 0..3u8, 0..3u8, any::<bool>());
     (sizes, flags, activation, any::<u64>()).prop_map(|((rows, k, columns, block), f, activation, seed)| Case {
         rows,
         k,
         columns,
         block,
-        row_blocks: f.0 && block > 0,
-        block_scales: f.1 && block > 0,
-        norm: f.2,
-        residual: f.3,
-        bias: f.4,
+        bounded: f.0,
+        norm: f.1,
+        residual: f.2,
+        bias: f.3,
         activation,
         seed,
     })
@@ -64,17 +62,24 @@ impl Case {
             columns: self.columns,
             k: self.k,
             block: self.block,
-            block_scales: self.block_scales,
             gated: self.activation == Activation::SwiGlu,
+            bounded: self.bounded,
         }
     }
 
     fn data(&self) -> Data {
         let mut random = Random(self.seed);
         let spec = self.spec();
-        let weights = random.i8s(spec.rows() * self.k);
-        let scales: Vec<f32> =
-            random.f32s(spec.rows() * spec.scales_per_row()).iter().map(|x| x.abs() / 100.0).collect();
+        let mut weights = random.i8s(spec.rows() * self.k);
+        let mut scales: Vec<f32> =
+            random.f32s(spec.rows() * spec.num_blocks()).iter().map(|x| x.abs() / 100.0).collect();
+        if self.bounded {
+            let rows = weights.chunks_exact_mut(self.k).zip(scales.chunks_exact_mut(spec.num_blocks()));
+            for (weights, scales) in rows {
+                let row = random.f32s(self.k);
+                quantize_weights(&spec, &row, weights, scales).expect("quantises");
+            }
+        }
         Data {
             x: random.f32s(self.rows * self.k),
             norm: [random.f32s(self.k), random.f32s(self.k)],
@@ -97,21 +102,19 @@ impl Case {
 
     /// Both kernels in a row: values, scales, out.
     fn run(&self, data: &Data, level: Level, workers: &dyn Workers) -> (Vec<u8>, Vec<f32>, Vec<f32>) {
-        let block = if self.row_blocks { self.block } else { 0 };
-        let mut values = vec![0; self.rows * stride(self.k)];
-        let mut scales = vec![0.0; self.rows * num_scales(self.k, block)];
-        let into = QuantizedMut { k: self.k, block, values: &mut values, scales: &mut scales };
-        quantize_rows(level, workers, &data.x, self.norm(data), into).expect("quantises");
+        // What was there before does not count.
+        let mut x = Quantized::default();
+        x.set_samples(&[77; 3000], 300).expect("ten rows");
+        quantize_rows(level, workers, (&data.x, self.k), self.norm(data), self.block, &mut x).expect("quantises");
         let mut out = data.residual.clone();
         let epilogue = Epilogue {
             bias: self.bias.then_some(&data.bias),
             activation: self.activation,
             residual: [Residual::None, Residual::Add(&data.residual), Residual::InPlace][usize::from(self.residual)],
         };
-        let weights = data.packed.view();
-        let x = Quantized { k: self.k, block, values: &values, scales: &scales };
-        linear(level, workers, x, &weights, &epilogue, &mut out).expect("multiplies");
-        (values, scales, out)
+        linear(level, workers, &x, &data.packed.view(), &epilogue, &mut out).expect("multiplies");
+        let values = (0..self.rows).flat_map(|row| (0..self.k).map(move |k| (row, k))).map(|(row, k)| x.value(row, k));
+        (values.collect(), x.scales().to_vec(), out)
     }
 }
 
@@ -161,9 +164,9 @@ proptest! {
     fn matches_the_reference(case in cases()) {
         let data = case.data();
         let (values, scales, out) = case.run(&data, *Level::available().last().expect("one"), &Serial);
-        let block = if case.row_blocks { case.block } else { case.k };
+        let block = if case.block > 0 { case.block } else { case.k };
         let each = case.k.div_ceil(block);
-        let back = |m: usize, k: usize| f64::from(values[m * stride(case.k) + k]) - 128.0;
+        let back = |m: usize, k: usize| f64::from(values[m * case.k + k]) - 128.0;
         for m in 0..case.rows {
             let want = reference_norm(case.norm(&data), &data.x[m * case.k..][..case.k]);
             for (k, want) in want.iter().enumerate() {
@@ -173,12 +176,11 @@ proptest! {
             }
         }
         let spec = case.spec();
-        let weight_block = if case.block_scales { case.block } else { case.k };
         let product = |m: usize, row: usize| {
             let (mut sum, mut size) = (0.0, 0.0);
             for k in 0..case.k {
                 let weight = f64::from(data.weights[row * case.k + k])
-                    * f64::from(data.scales[row * spec.scales_per_row() + k / weight_block]);
+                    * f64::from(data.scales[row * each + k / block]);
                 let term = back(m, k) * f64::from(scales[m * each + k / block]) * weight;
                 sum += term;
                 size += term.abs();
@@ -242,31 +244,77 @@ proptest! {
 #[test]
 fn extreme_sums_are_exact() {
     let (k, columns) = (4096, 33);
-    let spec = PackSpec { columns, k, block: 0, block_scales: false, gated: false };
-    for weight in [-128, -127, 127] {
-        let packed = pack(&spec, &vec![weight; columns * k], &vec![1.0; columns]).expect("packs");
+    // One value in all places of eight, and those that reach the bound in two ways.
+    let even = |weight: i8| [weight; 8];
+    let [two, four] = [[0, 0, 64, 64, 64, 64, 0, 0], [-128, -1, 0, 127, 0, 127, -128, 1]];
+    let bounded = [even(32), even(-32), [127, -128, -128, 127, 0, 1, 0, 1], two];
+    let any = [even(-128), even(-127), even(127), four];
+    for (eight, bounded) in bounded.map(|eight| (eight, true)).into_iter().chain(any.map(|eight| (eight, false))) {
+        let spec = PackSpec { columns, k, block: 0, gated: false, bounded };
+        let packed = pack(&spec, &eight.repeat(columns * k / 8), &vec![1.0; columns]).expect("packs");
+        let sum: i32 = eight.into_iter().map(i32::from).sum();
+        assert_eq!(
+            pack(&PackSpec { bounded: true, ..spec }, &eight.repeat(columns * k / 8), &[1.0; 33]).is_ok(),
+            bounded
+        );
         for (level, value) in Level::available().into_iter().flat_map(|level| [0u8, 1, 255].map(|value| (level, value)))
         {
             let mut out = vec![0.0; 2 * columns];
-            let x = Quantized { k, block: 0, values: &vec![value; 2 * k], scales: &[1.0, 1.0] };
-            let weights = packed.view();
+            let mut x = Quantized::default();
+            x.set_samples(&vec![value; 2 * k], k).expect("two rows");
             let epilogue = Epilogue { bias: None, activation: Activation::Identity, residual: Residual::None };
-            linear(level, &Serial, x, &weights, &epilogue, &mut out).expect("multiplies");
-            let want = f32::from(weight) * (f32::from(value) - 128.0) * k as f32;
-            assert!(out.iter().all(|&y| y == want), "{} {weight} {value}: {}", level.name(), out[0]);
+            linear(level, &Serial, &x, &packed.view(), &epilogue, &mut out).expect("multiplies");
+            let want = sum as f32 * (f32::from(value) - 128.0) * (k / 8) as f32;
+            assert!(out.iter().all(|&y| y == want), "{} {eight:?} {value}: {} for {want}", level.name(), out[0]);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 200 }, failure_persistence: None, ..Default::default() })]
+
+    /// Values within their bound, no further from the weights than their scale allows, and that scale no coarser than the bound.
+    #[test]
+    fn quantised_weights_are_near_and_bounded(
+        k in 1..400usize, block in prop::sample::select(vec![0usize, 8, 32, 128]), bounded in any::<bool>(),
+        tails in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let spec = PackSpec { columns: 1, k, block, gated: false, bounded };
+        let mut row = Random(seed).f32s(k);
+        if tails {
+            row.iter_mut().for_each(|w| *w = w.powi(5));
+        }
+        let (mut values, mut scales) = (vec![0; k], vec![0.0; spec.num_blocks()]);
+        quantize_weights(&spec, &row, &mut values, &mut scales).expect("quantises");
+        pack(&spec, &values, &scales).expect("bounded, if they are to be");
+        let block = if block == 0 { k } else { block };
+        for (b, (row, values)) in row.chunks(block).zip(values.chunks(block)).enumerate() {
+            let scale = f64::from(scales[b]);
+            let largest = row.iter().fold(0.0, |m: f64, &w| m.max(f64::from(w.abs())));
+            // At most four weights of one sign are summed.
+            let coarsest = largest / if bounded { 31.9 } else { 126.9 };
+            prop_assert!(scale >= largest / 127.01 && scale <= coarsest, "{scale} for {largest}");
+            let mut beyond = 0;
+            for (&w, &value) in row.iter().zip(values) {
+                let error = (f64::from(w) - scale * f64::from(value)).abs();
+                prop_assert!(error <= scale * if bounded { 1.01 } else { 0.501 } + 1e-12, "{w}: {value} x {scale}");
+                beyond += usize::from(error > scale * 0.501);
+            }
+            // What is more than half a step off was rounded down to keep a bound: of a few sums, no more than two of each.
+            prop_assert!(beyond <= row.len().div_ceil(8) * 4);
         }
     }
 }
 
 #[test]
 fn broken_packs_are_refused() {
-    let spec = PackSpec { columns: 5, k: 7, block: 4, block_scales: true, gated: false };
-    let (weights, corrections, scales) = (vec![0; 256], vec![0; 64], vec![0.0; 64]);
+    let spec = PackSpec { columns: 5, k: 12, block: 8, gated: false, bounded: false };
+    let (weights, corrections, scales) = (vec![0; 384], vec![0; 64], vec![0.0; 64]);
     assert_eq!(PackedWeights::new(spec, &weights, &corrections, &scales).expect("whole").spec(), spec);
     assert!(PackedWeights::new(spec, &weights[1..], &corrections, &scales).is_err());
     assert!(PackedWeights::new(spec, &weights, &corrections[1..], &scales).is_err());
     assert!(PackedWeights::new(spec, &weights, &corrections, &scales[1..]).is_err());
     assert!(PackedWeights::new(PackSpec { k: 0, ..spec }, &[], &[], &[]).is_err());
     assert!(pack(&PackSpec { k: 0, ..spec }, &[], &[]).is_err());
-    assert!(pack(&PackSpec { block: 3, ..spec }, &[1; 35], &[1.0; 15]).is_err());
+    assert!(pack(&PackSpec { block: 4, ..spec }, &[1; 60], &[1.0; 15]).is_err());
 }
