@@ -32,9 +32,9 @@ pub struct PackSpec {
     pub block: usize,
     /// Whether the rows are `columns` gate rows and then `columns` up rows.
     pub gated: bool,
-    /// Whether of each column's k = 8 j, 8 j + 1, 8 j + 4 and 8 j + 5, and likewise of the other four of eight, the positive
-    /// weights add up to 128 at most and the negative ones to -128 at least, as [`quantize_weights`] makes them. On
-    /// processors with AVX2 and no VNNI their products take two thirds of the time.
+    /// Whether the products of eight k can be summed in 16 bits, as [`quantize_weights`] makes the weights: of k = 2 j and 2 j + 1,
+    /// those of one sign add up to 128 at most; of 8 j, 8 j + 1, 8 j + 4 and 8 j + 5, and of the other four of eight, the sizes add
+    /// up to 255 at most. On processors with AVX2 and no VNNI their products take two thirds of the time.
     pub bounded: bool,
 }
 
@@ -107,11 +107,12 @@ impl PackSpec {
     }
 }
 
-/// The most that those weights of a sum of 16 bits add up to that are of one sign: 255 times as much is below 2^15.
-const BOUND: i32 = 128;
-
-/// The k of eight whose products with bounded weights are summed in 16 bits.
-const SUMMED: [[usize; 4]; 2] = [[0, 1, 4, 5], [2, 3, 6, 7]];
+/// The k of eight that `vpmaddubsw` sums, with activations up to 255 in 16 bits: weights of one sign add up to [`PAIR_BOUND`].
+const PAIRS: [[usize; 2]; 4] = [[0, 1], [2, 3], [4, 5], [6, 7]];
+const PAIR_BOUND: i32 = 128;
+/// The k of eight that are then added, with activations less 128: sizes of weights add up to [`FOUR_BOUND`].
+const FOURS: [[usize; 4]; 2] = [[0, 1, 4, 5], [2, 3, 6, 7]];
+const FOUR_BOUND: i32 = 255;
 
 /// Quantises a row of weights, `[k]`, to values of 8 bits, `[k]`, and scales, `[num_blocks]`: the nearest ones with the
 /// finest scale that keeps a block within 127 and, for bounded weights, within their bound.
@@ -128,12 +129,12 @@ pub fn quantize_weights(spec: &PackSpec, row: &[f32], values: &mut [i8], scales:
         let largest = row.iter().fold(0.0_f32, |largest, w| largest.max(w.abs()));
         *scale = largest / 127.0;
         if spec.bounded {
-            *scale = scale.max(row.chunks(8).map(largest_of_one_sign).fold(0.0, f32::max) / BOUND as f32);
+            *scale = scale.max(row.chunks(8).map(finest_scale).fold(0.0, f32::max));
         }
         let inverse = if *scale > 0.0 { scale.recip() } else { 0.0 };
         values.iter_mut().zip(row).for_each(|(value, w)| *value = nearest(w * inverse) as i8);
         if spec.bounded {
-            row.chunks(8).zip(values.chunks_mut(8)).for_each(|(row, values)| bound(row, inverse, values));
+            row.chunks(8).zip(values.chunks_mut(8)).for_each(|(row, values)| bring_down(row, inverse, values));
         }
     }
     Ok(())
@@ -145,39 +146,48 @@ fn nearest(value: f32) -> f32 {
     (value + SHIFT) - SHIFT
 }
 
-/// The largest sum of those weights of one sign that are summed together, of up to eight.
-fn largest_of_one_sign(eight: &[f32]) -> f32 {
-    let weights = |set: [usize; 4]| set.into_iter().filter_map(|k| eight.get(k));
-    let sums = SUMMED.map(|set| {
-        let (positive, negative) = weights(set).fold((0.0, 0.0), |(p, n), &w| (p + w.max(0.0), n + (-w).max(0.0)));
-        f32::max(positive, negative)
-    });
-    f32::max(sums[0], sums[1])
+/// The finest scale that keeps up to eight weights within their bounds, but for rounding.
+fn finest_scale(eight: &[f32]) -> f32 {
+    let sum =
+        |set: &[usize], size: fn(f32) -> f32| set.iter().filter_map(|&k| eight.get(k)).map(|&w| size(w)).sum::<f32>();
+    let pairs = PAIRS.iter().map(|pair| sum(pair, |w| w.max(0.0)).max(sum(pair, |w| (-w).max(0.0))));
+    let fours = FOURS.iter().map(|four| sum(four, f32::abs));
+    f32::max(pairs.fold(0.0, f32::max) / PAIR_BOUND as f32, fours.fold(0.0, f32::max) / FOUR_BOUND as f32)
 }
 
-/// Takes back what rounding took some of eight weights beyond the bound, where it costs least.
-fn bound(row: &[f32], inverse: f32, values: &mut [i8]) {
-    for (set, sign) in SUMMED.iter().flat_map(|set| [(set, 1), (set, -1)]) {
-        let size = |values: &[i8], k: usize| values.get(k).map_or(0, |&value| (sign * i32::from(value)).max(0));
-        while set.iter().map(|&k| size(values, k)).sum::<i32>() > BOUND {
-            let beyond = |k: usize| size(values, k) as f32 - sign as f32 * row[k] * inverse;
-            let largest =
-                set.iter().copied().filter(|&k| size(values, k) > 0).max_by(|&a, &b| beyond(a).total_cmp(&beyond(b)));
-            values[largest.expect("bug: a sum of nothing")] -= sign as i8;
-        }
+/// Those sums of up to eight values that are beyond their bound: which k, and which sign they are of, where 0 is both.
+fn beyond(values: &[i8]) -> impl Iterator<Item = (&'static [usize], i32)> {
+    let of = move |set: &'static [usize], sign: i32, bound: i32| {
+        let sizes = set.iter().filter_map(|&k| values.get(k)).map(|&value| match sign {
+            0 => i32::from(value).abs(),
+            sign => (sign * i32::from(value)).max(0),
+        });
+        (sizes.sum::<i32>() > bound).then_some((set, sign))
+    };
+    let pairs = PAIRS.iter().flat_map(move |pair| [1, -1].map(|sign| of(pair, sign, PAIR_BOUND)));
+    let fours = FOURS.iter().map(move |four| of(four, 0, FOUR_BOUND));
+    pairs.chain(fours).flatten()
+}
+
+/// Takes back what rounding took some of eight weights beyond a bound, where it costs least.
+fn bring_down(row: &[f32], inverse: f32, values: &mut [i8]) {
+    loop {
+        let first = beyond(values).next();
+        let Some((set, sign)) = first else { return };
+        // How much larger than its weight a value is.
+        let rounded_up = |k: usize| f32::from(values[k].unsigned_abs()) - (row[k] * inverse).abs();
+        let counts = |k: &usize| {
+            values.get(*k).is_some_and(|&value| value != 0 && (sign == 0 || i32::from(value.signum()) == sign))
+        };
+        let most = set.iter().copied().filter(counts).max_by(|&a, &b| rounded_up(a).total_cmp(&rounded_up(b)));
+        let k = most.expect("bug: a sum of nothing");
+        values[k] -= values[k].signum();
     }
 }
 
-/// Whether a row's values are bounded.
+/// Whether a row's values are within their bounds.
 fn is_bounded(values: &[i8]) -> bool {
-    values.chunks(8).all(|eight| {
-        SUMMED.iter().all(|set| {
-            let of_sign = |sign: i32| {
-                set.iter().filter_map(|&k| eight.get(k)).map(|&value| (sign * i32::from(value)).max(0)).sum::<i32>()
-            };
-            of_sign(1) <= BOUND && of_sign(-1) <= BOUND
-        })
-    })
+    values.chunks(8).all(|eight| beyond(eight).next().is_none())
 }
 
 /// Packs the weights of one panel, `[32, k]`: its columns one after the other, for gated weights 16 gate and then 16 up, zeros

@@ -22,11 +22,11 @@ pub(crate) const CHUNK: usize = 128;
 impl<const VNNI: bool> Dot for Avx2<VNNI> {
     #[inline(always)]
     fn start(self, b: &[Step], bounded: bool, corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
-        if VNNI || bounded {
+        if VNNI {
             return corrections;
         }
         // SAFETY: the token proves the instructions.
-        unsafe { with_left_out(b, corrections) }
+        unsafe { if bounded { with_offset(b, corrections) } else { with_left_out(b, corrections) } }
     }
 
     #[inline(always)]
@@ -57,6 +57,28 @@ impl Avx2<false> {
             false => with_rows!(rows, |R| product_add::<R, false>(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12),
         }
     }
+}
+
+/// `corrections`, and for each column 128 times its weights, which [`products_of_bounded`] leave out.
+#[target_feature(enable = "avx2")]
+fn with_offset(b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
+    let mut starts = corrections;
+    // 127 steps of pairs between -256 and 254 are what 16 bits hold.
+    for b in b.chunks(127) {
+        for (group, starts) in starts.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
+            let mut sums = _mm256_setzero_si256();
+            for step in b {
+                // SAFETY: a group of a step has 32 bytes.
+                let b = unsafe { _mm256_loadu_si256(step[4 * GROUP * group..].as_ptr().cast()) };
+                sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(1), b));
+            }
+            let offset = _mm256_madd_epi16(sums, _mm256_set1_epi16(128));
+            let to: *mut __m256i = starts.as_mut_ptr().cast();
+            // SAFETY: eight i32.
+            unsafe { _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), offset)) };
+        }
+    }
+    starts
 }
 
 /// `corrections`, and for each column what [`products`] leave out: 128 times its weights, and once the size of the negative ones.
@@ -139,8 +161,9 @@ unsafe fn product_add<const R: usize, const BOUNDED: bool>(
 }
 
 /// Adds the products of bounded weights for a group of columns: two steps' pairs are added as 16 bits before they are widened.
-/// No pair can saturate, and no sum of two pairs wrap, since those weights of a sum that are of one sign add up to 128 at most:
-/// 255 x 128 = 32,640.
+/// No pair can saturate: its weights of one sign add up to 128 at most, and 255 x 128 is 32,640. The sum of two pairs may wrap
+/// until 128 times the weights are taken away; of activations less 128, at most 128 large, and weights whose sizes add up to 255 it
+/// is at most 32,640 again. [`with_offset`] makes good for what was taken away.
 ///
 /// # Safety
 /// The processor has AVX2; the tile is a checked one of at least R rows. (Without the attribute that says so: with it, a
@@ -155,11 +178,12 @@ unsafe fn products_of_bounded<const R: usize>(mut acc: [__m256i; R], tile: &Tile
     let further = std::hint::black_box(a.wrapping_add(4));
     // SAFETY: the instructions by contract; a group of a step has 32 bytes, and what is read of `a` is inside it by `check`.
     unsafe {
-        let ones = _mm256_set1_epi16(1);
+        let (ones, offset) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128));
         for (k, two) in twos.iter().enumerate() {
             // A hint, which takes any address: behind `next` lies what comes after it. A line of 64 bytes for each group.
             _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(2 * size_of::<Step>() * k + 2 * 4 * GROUP * group));
             let b = two.each_ref().map(|b| _mm256_loadu_si256(b[4 * GROUP * group..].as_ptr().cast()));
+            let offset = _mm256_add_epi16(_mm256_maddubs_epi16(offset, b[0]), _mm256_maddubs_epi16(offset, b[1]));
             let (a, further) = (a.add(k * tile.stride), further.add(k * tile.stride));
             for (r, acc) in acc.iter_mut().enumerate() {
                 let fours = [a, further].map(|a| a.add(EIGHT * r).cast::<i32>().read_unaligned());
@@ -167,14 +191,15 @@ unsafe fn products_of_bounded<const R: usize>(mut acc: [__m256i; R], tile: &Tile
                     _mm256_maddubs_epi16(_mm256_set1_epi32(fours[0]), b[0]),
                     _mm256_maddubs_epi16(_mm256_set1_epi32(fours[1]), b[1]),
                 );
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, ones));
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(_mm256_sub_epi16(pairs, offset), ones));
             }
         }
         for b in last {
             let b = _mm256_loadu_si256(b[4 * GROUP * group..].as_ptr().cast());
+            let offset = _mm256_maddubs_epi16(offset, b);
             for (r, acc) in acc.iter_mut().enumerate() {
                 let pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(tile.four(r, 2 * twos.len())), b);
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, ones));
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(_mm256_sub_epi16(pairs, offset), ones));
             }
         }
     }

@@ -246,9 +246,9 @@ fn extreme_sums_are_exact() {
     let (k, columns) = (4096, 33);
     // One value in all places of eight, and those that reach the bound in two ways.
     let even = |weight: i8| [weight; 8];
-    let [two, four] = [[0, 0, 64, 64, 64, 64, 0, 0], [-128, -1, 0, 127, 0, 127, -128, 1]];
-    let bounded = [even(32), even(-32), [127, -128, -128, 127, 0, 1, 0, 1], two];
-    let any = [even(-128), even(-127), even(127), four];
+    let (pair, four) = ([64, 65, 0, 0, 0, 0, 0, 0], [64, -64, 0, 0, 64, -64, 0, 0]);
+    let bounded = [even(63), even(-63), [127, -128, -128, 127, 0, 0, 0, 0], [64, 64, 0, 0, -64, -63, 0, 0]];
+    let any = [even(-128), even(-127), even(127), pair, four];
     for (eight, bounded) in bounded.map(|eight| (eight, true)).into_iter().chain(any.map(|eight| (eight, false))) {
         let spec = PackSpec { columns, k, block: 0, gated: false, bounded };
         let packed = pack(&spec, &eight.repeat(columns * k / 8), &vec![1.0; columns]).expect("packs");
@@ -291,8 +291,8 @@ proptest! {
         for (b, (row, values)) in row.chunks(block).zip(values.chunks(block)).enumerate() {
             let scale = f64::from(scales[b]);
             let largest = row.iter().fold(0.0, |m: f64, &w| m.max(f64::from(w.abs())));
-            // At most four weights of one sign are summed.
-            let coarsest = largest / if bounded { 31.9 } else { 126.9 };
+            // At most four weights are summed to 255, or two of one sign to 128.
+            let coarsest = largest / if bounded { 63.7 } else { 126.9 };
             prop_assert!(scale >= largest / 127.01 && scale <= coarsest, "{scale} for {largest}");
             let mut beyond = 0;
             for (&w, &value) in row.iter().zip(values) {
@@ -300,8 +300,9 @@ proptest! {
                 prop_assert!(error <= scale * if bounded { 1.01 } else { 0.501 } + 1e-12, "{w}: {value} x {scale}");
                 beyond += usize::from(error > scale * 0.501);
             }
-            // What is more than half a step off was rounded down to keep a bound: of a few sums, no more than two of each.
-            prop_assert!(beyond <= row.len().div_ceil(8) * 4);
+            // What is more than half a step off was rounded down to keep a bound, once for each pair's signs and once or twice
+            // for four.
+            prop_assert!(beyond <= row.len().div_ceil(8) * 6);
         }
     }
 }
