@@ -40,7 +40,7 @@ impl<const VNNI: bool> Dot for Avx2<VNNI> {
             return;
         }
         for first in (0..rows).step_by(VNNI_ROWS) {
-            let (rows, tile, sums) = (VNNI_ROWS.min(rows - first), tile.from_row(first), &mut sums[first..]);
+            let (rows, tile, sums) = (VNNI_ROWS.min(rows - first), tile.skip_rows(first), &mut sums[first..]);
             with_rows!(rows, |R| product_vnni::<R>(tile, sums), 1 2 3);
         }
     }

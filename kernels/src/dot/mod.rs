@@ -88,7 +88,7 @@ impl Tile<'_> {
 
     /// Without the first rows.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    fn from_row(self, first: usize) -> Self {
+    fn skip_rows(self, first: usize) -> Self {
         Self { a: &self.a[EIGHT * first..], ..self }
     }
 }

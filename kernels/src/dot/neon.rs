@@ -19,7 +19,7 @@ impl Dot for Neon {
     fn tile(self, rows: usize, tile: Tile<'_>, sums: &mut Sums) {
         tile.check(rows);
         for first in (0..rows).step_by(ROWS) {
-            let (rows, tile, sums) = (ROWS.min(rows - first), tile.from_row(first), &mut sums[first..]);
+            let (rows, tile, sums) = (ROWS.min(rows - first), tile.skip_rows(first), &mut sums[first..]);
             with_rows!(rows, |R| product::<R>(tile, sums), 1 2 3 4);
         }
     }
