@@ -110,7 +110,8 @@ impl Quantized {
     }
 
     fn num_values(&self) -> usize {
-        self.k.div_ceil(EIGHT) * self.stride()
+        // Of no rows any k may be claimed.
+        if self.rows == 0 { 0 } else { self.k.div_ceil(EIGHT) * self.stride() }
     }
 
     /// Makes room for `len` elements in rows of `k`.

@@ -63,8 +63,8 @@ impl Avx2<false> {
 #[target_feature(enable = "avx2")]
 fn with_offset(b: &[Step], corrections: [i32; COLUMNS]) -> [i32; COLUMNS] {
     let mut starts = corrections;
-    // 127 steps of pairs between -256 and 254 are what 16 bits hold.
-    for b in b.chunks(127) {
+    // 128 steps of pairs between -256 and 254 are what 16 bits hold.
+    for b in b.chunks(128) {
         for (group, starts) in starts.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
             let mut sums = _mm256_setzero_si256();
             for step in b {

@@ -319,3 +319,10 @@ fn broken_packs_are_refused() {
     assert!(pack(&PackSpec { k: 0, ..spec }, &[], &[]).is_err());
     assert!(pack(&PackSpec { block: 4, ..spec }, &[1; 60], &[1.0; 15]).is_err());
 }
+
+#[test]
+fn no_rows_take_no_memory_whatever_their_length() {
+    let mut x = Quantized::default();
+    quantize_rows(Level::PORTABLE, &Serial, (&[], usize::MAX / 2), Norm::None, 0, &mut x).expect("nothing to do");
+    assert_eq!((x.rows(), x.scales()), (0, &[][..]));
+}
