@@ -5,6 +5,7 @@
 
 mod attention;
 mod greedy_ids;
+pub mod helping;
 pub mod library;
 mod quantized_linear;
 
@@ -46,20 +47,23 @@ impl Machine {
     }
 }
 
-/// The session's threads, the calling one among them.
+/// The session's threads, the calling one among them; where that is the only one, also those that help it.
 struct SessionThreads<'c> {
     context: &'c ComputeContext,
     num_threads: usize,
 }
 
-// SAFETY: `ParallelFor` calls the function once for each index and returns when all calls have.
+// SAFETY: `ParallelFor` and `helping::for_each` call the function once for each index and return when all calls have.
 unsafe impl Workers for SessionThreads<'_> {
     fn num_threads(&self) -> usize {
-        self.num_threads
+        if self.num_threads == 1 { 1 + helping::num_helpers() } else { self.num_threads }
     }
 
     fn for_each(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        if self.num_threads == 1 || num_tasks < 2 {
+        if self.num_threads == 1 {
+            return helping::for_each(num_tasks, task);
+        }
+        if num_tasks < 2 {
             return (0..num_tasks).for_each(task);
         }
         // A batch for each task: they are large, and unequal.

@@ -28,6 +28,7 @@ PARTS = {
     "waiting": "waited_seconds",
     "room": "blocked_seconds",
     "scheduling": "scheduling_seconds",
+    "helping": "helping_seconds",
 }
 
 

@@ -1,7 +1,7 @@
 //! An engine: vision, projector, prefill and decode on one thread, taking preprocessed images and giving rows.
 //!
 //! Slots are refilled as soon as they are free: all images that are ready are encoded and prefilled between two decode steps. Several
-//! engines may take from one channel; when one fails, its images go to the others.
+//! engines may take from one channel; when one fails, its images go to the others. One that has to wait for images helps the others.
 
 mod failing;
 mod returns;
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crossbeam::channel::{Receiver, Sender, TryRecvError};
+use crossbeam::channel::{self, Receiver, Sender};
 use crossbeam::select;
 
 use crate::console::print_warning;
@@ -29,6 +29,7 @@ use crate::pipeline::progress::Progress;
 use crate::pipeline::row::{Generated, Message, Row};
 use crate::pipeline::vision::{VisionEncoder, VisionOptions, decoder_device};
 use crate::profile::recorder;
+use crate::runtime::helping::{Call, Helper};
 use crate::runtime::session::SessionOptions;
 use crate::runtime::stream::Stream;
 use crate::runtime::{CopyCounts, Device};
@@ -360,27 +361,40 @@ fn next_batch(
     let wanted = captioner.num_free_slots().min(captioner.max_batch());
     let mut batch = Vec::with_capacity(wanted);
     while batch.len() < wanted {
-        if let Some(image) = returns.take() {
-            batch.push(image);
-            continue;
-        }
         let must_wait = batch.is_empty() && captioner.num_active() == 0;
-        match images.try_recv() {
-            Ok(image) => batch.push(image),
-            Err(TryRecvError::Empty) if must_wait => batch.extend(select! {
-                recv(images) -> image => image.ok(),
-                recv(returns.receiver()) -> returned => returned.map(|returned| returns.accept(returned)).ok(),
-            }),
-            Err(TryRecvError::Empty) => break,
-            Err(TryRecvError::Disconnected) => {
-                batch.extend(if must_wait { returns.wait() } else { None });
-                break;
-            }
-        }
+        let ready = returns.take().or_else(|| images.try_recv().ok());
+        let image = if must_wait { ready.or_else(|| wait_for_image(images, returns)) } else { ready };
+        let Some(image) = image else { break };
+        batch.push(image);
     }
     recorder::look_at(images);
     batch.iter_mut().for_each(|image| image.draft.times.is_taken(Stage::Vision));
     batch
+}
+
+/// Waits for an image, and works for the other engines meanwhile; `None` when no more can come.
+fn wait_for_image(images: &Receiver<PreprocessedImage>, returns: &mut Returns) -> Option<PreprocessedImage> {
+    let (helper, never) = (Helper::enter(), channel::never());
+    let mut images = images;
+    loop {
+        let is_over = || !images.is_empty() || !returns.receiver().is_empty();
+        if let Some(call) = helper.call_soon(is_over) {
+            recorder::helping(|| call.help());
+            continue;
+        }
+        select! {
+            recv(images) -> image => match image {
+                Ok(image) => return Some(image),
+                // Those that other engines have may come back.
+                Err(_) => {
+                    images = &never;
+                    returns.hold_none();
+                }
+            },
+            recv(returns.receiver()) -> returned => return returned.ok().map(|returned| returns.accept(returned)),
+            recv(helper.calls()) -> call => recorder::helping(|| call.into_iter().for_each(Call::help)),
+        }
+    }
 }
 
 fn send_finished(captioner: &mut dyn Captioner, stage: Stage, channels: &EngineChannels<'_>) -> Result<()> {

@@ -176,6 +176,7 @@ fn stage_profile(stage: Stage, tracks: &[Track]) -> StageProfile {
         waited_seconds: seconds(totals.waited_ns),
         blocked_seconds: seconds(totals.blocked_ns),
         device_seconds: seconds(totals.device_ns),
+        helped_seconds: seconds(totals.helped_ns),
         busy_share: totals.service_ns as f64 / wall_ns.max(1) as f64,
         service: Distribution::of(&totals.service),
         queued: Distribution::of(&totals.queued),
@@ -198,7 +199,7 @@ fn batches(tracks: &[Track]) -> Vec<BatchGroup> {
         let empty = BatchGroup { stage, batch, count: 0, seconds: 0.0, context_tokens: 0 };
         let group = groups.entry(key).or_insert(empty);
         group.count += 1;
-        group.seconds += seconds(span.service_ns());
+        group.seconds += seconds(span.service_ns() + span.helped_ns);
         group.context_tokens += context;
     }
     groups.into_values().collect()
@@ -210,7 +211,8 @@ fn track_profile(track: &Track) -> TrackProfile {
     let wall_ns = track.ended_ns - track.started_ns;
     let waited_ns = sum(|totals| totals.waited_ns) + track.waited_at_end_ns;
     let blocked_ns = sum(|totals| totals.blocked_ns);
-    let accounted_ns = sum(|totals| totals.service_ns) + waited_ns + blocked_ns + track.scheduling_ns;
+    let accounted_ns =
+        sum(|totals| totals.service_ns) + waited_ns + blocked_ns + track.scheduling_ns + track.helping_ns;
     TrackProfile {
         name: track.name.clone(),
         wall_seconds: seconds(wall_ns),
@@ -218,6 +220,7 @@ fn track_profile(track: &Track) -> TrackProfile {
         waited_seconds: seconds(waited_ns),
         blocked_seconds: seconds(blocked_ns),
         scheduling_seconds: seconds(track.scheduling_ns),
+        helping_seconds: seconds(track.helping_ns),
         other_seconds: (wall_ns as f64 - accounted_ns as f64) / 1e9,
         cpu_seconds: track.cpu_ns.map(seconds),
     }
@@ -313,7 +316,10 @@ fn bottleneck(stages: &[StageProfile], tracks: &[TrackProfile], queues: &[QueueP
     // Of the run, not of the threads' own time: one that reads a single small shard is over at once.
     let run = tracks.iter().map(|track| track.wall_seconds).fold(1e-9, f64::max);
     let busy = |stage: Stage| of(stage).service_seconds / (of(stage).num_threads.max(1) as f64 * run);
-    let busy_engine: f64 = engines.iter().map(|&stage| busy(stage)).sum();
+    let engine_tracks = || tracks.iter().filter(|track| is_engine(track));
+    let helping: f64 = engine_tracks().map(|track| track.helping_seconds).sum();
+    let num_engines = engine_tracks().count().max(1) as f64;
+    let busy_engine: f64 = engines.iter().map(|&stage| busy(stage)).sum::<f64>() + helping / (num_engines * run);
     let others = [Stage::Source, Stage::Load, Stage::Preprocess, Stage::Write];
     let busiest = others.into_iter().max_by(|&a, &b| busy(a).total_cmp(&busy(b)));
     let percent = |share: f64| format!("{:.0} %", 100.0 * share);
@@ -338,8 +344,8 @@ fn bottleneck(stages: &[StageProfile], tracks: &[TrackProfile], queues: &[QueueP
         _ => {
             let largest = engines.into_iter().max_by(|&a, &b| busy(a).total_cmp(&busy(b)));
             let stage = largest.expect("bug: there are three");
-            let waited: f64 = tracks.iter().filter(|track| is_engine(track)).map(|track| track.waited_seconds).sum();
-            let wall: f64 = tracks.iter().filter(|track| is_engine(track)).map(|track| track.wall_seconds).sum();
+            let waited: f64 = engine_tracks().map(|track| track.waited_seconds).sum();
+            let wall: f64 = engine_tracks().map(|track| track.wall_seconds).sum();
             Bottleneck {
                 stage: stage.name().to_owned(),
                 reason: format!(

@@ -217,6 +217,9 @@ pub struct StageProfile {
     pub blocked_seconds: f64,
     /// Time on the device between CUDA events, on GPUs.
     pub device_seconds: f64,
+    /// Time that engines without images worked for its batches.
+    #[serde(default)]
+    pub helped_seconds: f64,
     /// `service_seconds` over the wall time of its threads: how busy they were with it.
     pub busy_share: f64,
     /// Service times of batches.
@@ -234,7 +237,7 @@ pub struct BatchGroup {
     pub batch: u32,
     /// How many.
     pub count: u64,
-    /// Time in them, all together.
+    /// Time in them, all together, with that of engines that helped.
     pub seconds: f64,
     /// Decode: tokens seen in the KV cache, of all of them together.
     pub context_tokens: u64,
@@ -256,6 +259,9 @@ pub struct TrackProfile {
     /// Time for what is neither: taking captions out of their slots, making rows, beginning and ending.
     #[serde(default)]
     pub scheduling_seconds: f64,
+    /// Time that an engine without images worked for other engines' batches.
+    #[serde(default)]
+    pub helping_seconds: f64,
     /// What nothing accounts for: wall time less all of the above.
     pub other_seconds: f64,
     /// Time that this thread itself was running.

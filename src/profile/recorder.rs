@@ -2,7 +2,8 @@
 //! ends, so that nothing is locked or shared while a stage works.
 //!
 //! A thread is in a batch, at a queue (waiting for input or for room, from asking to having), or between the two: scheduling.
-//! Within a batch nothing else is counted, so that no moment counts twice.
+//! An engine that waits for images may be helping others: that is not waiting. Within a batch nothing else is counted, so that no
+//! moment counts twice.
 //!
 //! The functions here do nothing on a thread without a track, at the price of a look at one thread-local flag. With one they
 //! cost two readings of the monotonic clock for each batch and each turn at a queue. Sums and histograms are exact whatever the
@@ -16,7 +17,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, SendError, Sender};
 use hdrhistogram::Histogram;
 
 use crate::error::Result;
-use crate::runtime::host;
+use crate::runtime::{helping, host};
 use crate::runtime::stream::DeviceTimer;
 use crate::stage::Stage;
 
@@ -43,6 +44,8 @@ pub struct Span {
     pub waited_ns: u64,
     /// How long it waited for room in the next queue afterwards.
     pub blocked_ns: u64,
+    /// How long other threads worked for it, in nanoseconds of their time.
+    pub helped_ns: u64,
     /// What was done.
     pub work: Work,
     /// What was left in the stage's queue when the batch had been taken.
@@ -256,6 +259,8 @@ pub struct Track {
     pub started_ns: u64,
     /// When it ended.
     pub ended_ns: u64,
+    /// Time in which it worked for other threads' batches.
+    pub helping_ns: u64,
     /// Time that the thread itself was running, without threads that worked for it.
     pub cpu_ns: Option<u64>,
     /// Single batches in the order they ended, if the recorder keeps them.
@@ -306,6 +311,8 @@ pub struct StageTotals {
     pub blocked_ns: u64,
     /// Time on the device, between CUDA events.
     pub device_ns: u64,
+    /// Time that other threads worked for its batches.
+    pub helped_ns: u64,
     /// Time that the stage's images spent in its queue.
     pub queued_ns: u64,
     /// Sum of the sequences of a batch, each times the time of the batch: what slots were occupied.
@@ -332,6 +339,7 @@ impl Default for StageTotals {
             waited_ns: 0,
             blocked_ns: 0,
             device_ns: 0,
+            helped_ns: 0,
             queued_ns: 0,
             occupied_ns: 0,
             depth_sum: 0,
@@ -352,6 +360,7 @@ impl StageTotals {
         self.context_tokens += work.context_tokens;
         self.service_ns += service_ns;
         self.waited_ns += span.waited_ns;
+        self.helped_ns += span.helped_ns;
         self.occupied_ns += service_ns * u64::from(work.num_images);
         self.depth_sum += u64::from(span.queue_depth);
         self.depth_max = self.depth_max.max(span.queue_depth);
@@ -374,6 +383,7 @@ impl StageTotals {
         self.waited_ns += other.waited_ns;
         self.blocked_ns += other.blocked_ns;
         self.device_ns += other.device_ns;
+        self.helped_ns += other.helped_ns;
         self.queued_ns += other.queued_ns;
         self.occupied_ns += other.occupied_ns;
         self.depth_sum += other.depth_sum;
@@ -405,6 +415,7 @@ impl Track {
             num_dropped: 0,
             waited_at_end_ns: 0,
             scheduling_ns: 0,
+            helping_ns: 0,
             ttft: new_histogram(),
             ttft_in_engine: new_histogram(),
             tpot: new_histogram(),
@@ -448,7 +459,8 @@ impl Track {
 
     fn record(&mut self, stage: Stage, start_ns: Moment, work: Work) {
         let (waited_ns, queue_depth) = (std::mem::take(&mut self.pending_wait_ns), self.pending_depth);
-        let span = Span { stage, start_ns, end_ns: self.now(), waited_ns, blocked_ns: 0, work, queue_depth };
+        let (end_ns, helped_ns) = (self.now(), helping::take_helped_ns());
+        let span = Span { stage, start_ns, end_ns, waited_ns, blocked_ns: 0, helped_ns, work, queue_depth };
         self.totals(stage).record(&span);
         self.last_stage = Some(stage);
         self.in_batch_since = None;
@@ -557,10 +569,20 @@ pub(crate) fn look_at<T>(receiver: &Receiver<T>) {
 
 /// Does what takes from a queue: waiting for input.
 pub(crate) fn waiting<T>(wait: impl FnOnce() -> T) -> T {
-    let begin = now();
+    let (begin, helping) = with_track(|track| (track.now(), track.helping_ns)).unwrap_or_default();
     let item = wait();
-    with_track(|track| track.pending_wait_ns += track.since(begin));
+    with_track(|track| {
+        let helping_ns = track.helping_ns - helping;
+        track.pending_wait_ns += track.since(begin).saturating_sub(helping_ns);
+    });
     item
+}
+
+/// Works for another thread's batch, in the time of [`waiting`].
+pub(crate) fn helping(help: impl FnOnce()) {
+    let begin = now();
+    help();
+    with_track(|track| track.helping_ns += track.since(begin));
 }
 
 /// Does what is neither a batch nor a queue's: scheduling.

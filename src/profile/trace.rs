@@ -75,7 +75,7 @@ fn write_track(events: &mut Events<'_>, thread: u32, track: &Track, origin_ns: u
         let work = span.work;
         let args = json!({
             "images": work.num_images, "tokens": work.num_tokens, "padded batch": work.padded_batch,
-            "left in queue": span.queue_depth,
+            "left in queue": span.queue_depth, "helped by others, us": microseconds(span.helped_ns),
         });
         events.write(&slice(span.stage.name(), "stage", span.start_ns, span.service_ns(), args))?;
         if span.blocked_ns >= MIN_WAIT_NS {

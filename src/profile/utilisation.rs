@@ -11,7 +11,7 @@
 //! - **Bytes** are those that had to be read from memory: in each batch the weights of the stage's graphs, less tables of which
 //!   single rows are looked up; in a decode step also the keys and values of all tokens that its captions see. Activations are
 //!   not counted.
-//! - **Seconds** are the device's: the time that engines spent in the stage, divided by the number of engines that share the
+//! - **Seconds** are the device's: the time that engines spent in the stage, their own batches or others', divided by the number of engines that share the
 //!   device. Time without work, or in other stages, is not in a stage's seconds. On a GPU the time is that of its own clock.
 //! - **Peaks** are of one whole device, measured in the same process through the same provider (`peaks.rs`). The GEMM peak is
 //!   that of 8-bit integers where the stage's weights are `int8`, else that of floats.
@@ -50,7 +50,8 @@ pub fn utilisation(
 ) -> Utilisation {
     let (num_devices, per_device) = devices(settings);
     let seconds = |stage: &StageProfile| {
-        let engines = if stage.device_seconds > 0.0 { stage.device_seconds } else { stage.service_seconds };
+        let of_engines = stage.service_seconds + stage.helped_seconds;
+        let engines = if stage.device_seconds > 0.0 { stage.device_seconds } else { of_engines };
         engines / per_device
     };
     let weights = |graph: &str| bundle.weight_bytes.get(graph).copied().unwrap_or(0);

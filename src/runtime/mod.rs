@@ -17,6 +17,7 @@ mod tensorrt;
 pub use host::sums_8_bit_products_exactly;
 pub use library::{Library, load_library};
 pub use provider::{Device, ProviderChoice};
+pub(crate) use recaption_operators::helping;
 pub use stream::CopyCounts;
 
 use crate::error::Result;

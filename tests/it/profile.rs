@@ -36,7 +36,7 @@ fn profile(bundle: &Path, inputs: &[&Path], flags: &[&str], expected: i32) -> Pr
 
 fn check_sums(profile: &Profile) {
     for track in &profile.tracks {
-        let between = track.waited_seconds + track.blocked_seconds + track.scheduling_seconds;
+        let between = track.waited_seconds + track.blocked_seconds + track.scheduling_seconds + track.helping_seconds;
         let accounted = track.stages.values().sum::<f64>() + between;
         let sum = accounted + track.other_seconds;
         assert!((sum - track.wall_seconds).abs() < 1e-6, "{track:?}");

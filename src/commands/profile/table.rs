@@ -98,6 +98,7 @@ fn tracks(profile: &Profile, text: &mut String) -> std::fmt::Result {
             ("waiting for input", track.waited_seconds),
             ("waiting for room", track.blocked_seconds),
             ("scheduling", track.scheduling_seconds),
+            ("helping others", track.helping_seconds),
             ("other", track.other_seconds),
         ];
         // Below a tenth of a per cent nothing is worth a word.

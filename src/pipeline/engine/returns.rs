@@ -48,11 +48,9 @@ impl Returns {
         Some(self.accept(returned))
     }
 
-    /// Waits for an image. The caller has none itself; `None` when no engine has any, so that none can come.
-    pub(crate) fn wait(&mut self) -> Option<PreprocessedImage> {
+    /// The caller has no image itself, and gets none but from here: when nobody else has any, [`Self::receiver`] is disconnected.
+    pub(crate) fn hold_none(&mut self) {
         self.sender = None;
-        let returned = self.receiver.recv().ok()?;
-        Some(self.accept(returned))
     }
 
     /// Counts this engine out, as it fails; says whether others are left.
