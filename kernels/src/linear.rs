@@ -6,12 +6,12 @@
 
 use std::cell::RefCell;
 
-use crate::dot::{COLUMNS, ROWS, Scales, Step, Sums, Tile};
+use crate::dot::{Aligned, Blocks, COLUMNS, ROWS, Step, Tile};
 use crate::error::check_len;
 use crate::level::Work;
 use crate::math::{gelu, gelu_tanh, swish};
 use crate::pack::PackedWeights;
-use crate::quantize::{EIGHT, Quantized};
+use crate::quantize::Quantized;
 use crate::simd::{LANES, Simd};
 use crate::workers::{Shared, Workers, part_of};
 use crate::{Error, Level};
@@ -140,10 +140,10 @@ impl Work for Part<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { product, rows, panels } = self;
         let (weights, spec) = (product.weights, product.weights.spec());
-        let num_tiles = rows.len().div_ceil(ROWS);
         let blockwise = spec.block > 0;
-        let mut sums = [[0; COLUMNS]; ROWS];
-        let mut acc = [[0.0; COLUMNS]; ROWS];
+        let num_tiles = rows.len().div_ceil(if blockwise { S::BLOCK_ROWS } else { ROWS });
+        let (mut sums, mut acc) = (Aligned([[0; COLUMNS]; ROWS]), Aligned([[0.0; COLUMNS]; ROWS]));
+        let (Aligned(sums), Aligned(acc)) = (&mut sums, &mut acc);
         let mut starts = STARTS.take();
         for panel in panels.clone() {
             let (steps, corrections) = (weights.panel(panel), weights.corrections(panel));
@@ -162,14 +162,9 @@ impl Work for Part<'_> {
                 let (first, count) = (rows.start + part.start, part.len());
                 let next = &next[part_of(next.len(), num_tiles, tile)];
                 if blockwise {
-                    product.add_blocks(s, panel, &starts, first, count, next, &mut sums, &mut acc);
+                    s.sum_blocks(count, product.blocks(first, panel, &starts, next), sums, acc);
                 } else {
-                    s.tile(count, product.tile(first, 0, steps, &starts[0], next), &mut sums);
-                    for (acc, sums) in acc.iter_mut().zip(&sums).take(count) {
-                        for (acc, sums) in acc.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
-                            s.store(s.to_f32(s.load_i32(sums)), acc);
-                        }
-                    }
+                    s.tile_f32(count, product.tile(first, steps, &starts[0], next), sums, acc);
                 }
                 product.finish(s, panel, bias, first, &acc[..count]);
             }
@@ -179,41 +174,28 @@ impl Work for Part<'_> {
 }
 
 impl<'a> Product<'a> {
-    /// The operands of rows from `first` on and of the weights `b`, which begin with block `block`.
+    /// The operands of rows from `first` on and of a panel that has one block.
     #[inline(always)]
-    fn tile(&self, first: usize, block: usize, b: &'a [Step], init: &'a [i32; COLUMNS], next: &'a [Step]) -> Tile<'a> {
-        let spec = self.weights.spec();
-        let a = self.x.values_from(block * spec.block / EIGHT, first);
-        Tile { a, stride: self.x.stride(), b, bounded: spec.bounded, init, next }
+    fn tile(&self, first: usize, b: &'a [Step], init: &'a [i32; COLUMNS], next: &'a [Step]) -> Tile<'a> {
+        let bounded = self.weights.spec().bounded;
+        Tile { a: self.x.values_from(0, first), stride: self.x.stride(), b, bounded, init, next }
     }
 
-    /// The scaled sum of the blocks.
+    /// The operands of rows from `first` on and of a panel, block by block.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "the tile's place and its scratch")]
-    fn add_blocks<S: Simd>(
-        &self,
-        s: S,
-        panel: usize,
-        starts: &[[i32; COLUMNS]],
-        first: usize,
-        count: usize,
-        next: &[Step],
-        sums: &mut Sums,
-        acc: &mut [[f32; COLUMNS]; ROWS],
-    ) {
-        let (x, spec) = (self.x, self.weights.spec());
-        let steps = self.weights.panel(panel).chunks(spec.block / 4);
-        let num_blocks = spec.num_blocks();
-        acc[..count].fill([0.0; COLUMNS]);
-        for ((b, steps), init) in steps.enumerate().zip(starts) {
-            let next = &next[part_of(next.len(), num_blocks, b)];
-            let next = &next[..next.len().min(steps.len())];
-            let mut rows = [0.0; ROWS];
-            for (r, scale) in rows.iter_mut().enumerate().take(count) {
-                *scale = x.scales()[(first + r) * num_blocks + b];
-            }
-            let scales = Scales { rows: &rows, columns: &self.weights.scales(panel)[b] };
-            s.add_tile(count, self.tile(first, b, steps, init, next), scales, sums, acc);
+    fn blocks(&self, first: usize, panel: usize, starts: &'a [[i32; COLUMNS]], next: &'a [Step]) -> Blocks<'a> {
+        let spec = self.weights.spec();
+        Blocks {
+            a: self.x.values_from(0, first),
+            stride: self.x.stride(),
+            b: self.weights.panel(panel),
+            num_steps: spec.block / 4,
+            bounded: spec.bounded,
+            starts,
+            row_scales: &self.x.scales()[first..],
+            row_scales_stride: self.x.rows(),
+            column_scales: self.weights.scales(panel),
+            next,
         }
     }
 
@@ -232,51 +214,128 @@ impl<'a> Product<'a> {
     /// Remaining scales, bias, activation, residual. (No closures: they would be compiled without the instruction set.)
     #[inline(always)]
     fn finish<S: Simd>(&self, s: S, panel: usize, bias: Option<[S::F; 2]>, first: usize, acc: &[[f32; COLUMNS]]) {
+        match self.epilogue.activation {
+            Activation::Identity => self.write_rows(s, Identity, panel, bias, first, acc),
+            Activation::QuickGelu => self.write_rows(s, QuickGelu, panel, bias, first, acc),
+            Activation::Gelu => self.write_rows(s, Gelu, panel, bias, first, acc),
+            Activation::GeluTanh => self.write_rows(s, GeluTanh, panel, bias, first, acc),
+            Activation::SwiGlu => self.write_rows(s, SwiGlu, panel, bias, first, acc),
+        }
+    }
+
+    #[inline(always)]
+    fn write_rows<S: Simd, A: Activate<S, N>, const N: usize>(
+        &self,
+        s: S,
+        activation: A,
+        panel: usize,
+        bias: Option<[S::F; 2]>,
+        first: usize,
+        acc: &[[f32; COLUMNS]],
+    ) {
         let spec = self.weights.spec();
-        let columns = &self.weights.scales(panel)[0];
-        let columns = columns.as_chunks::<LANES>().0;
+        let columns = self.weights.scales(panel)[0].as_chunks::<LANES>().0;
         let columns = [s.load(&columns[0]), s.load(&columns[1])];
+        let rows = if spec.block == 0 { Some(&self.x.scales()[first..][..acc.len()]) } else { None };
+        let start = panel * N * LANES;
+        let width = (N * LANES).min(spec.columns - start);
         for (r, acc) in acc.iter().enumerate() {
-            let row = if spec.block == 0 { Some(s.splat(self.x.scales()[first + r])) } else { None };
             let acc = acc.as_chunks::<LANES>().0;
             let mut v = [s.load(&acc[0]), s.load(&acc[1])];
-            for i in 0..2 {
-                if let Some(row) = row {
-                    v[i] = s.mul(s.mul(v[i], row), columns[i]);
-                }
-                if let Some(bias) = bias {
-                    v[i] = s.add(v[i], bias[i]);
-                }
+            if let Some(rows) = rows {
+                let row = s.splat(rows[r]);
+                v = [s.mul(s.mul(v[0], row), columns[0]), s.mul(s.mul(v[1], row), columns[1])];
             }
-            let start = panel * spec.panel_columns();
+            if let Some(bias) = bias {
+                v = [s.add(v[0], bias[0]), s.add(v[1], bias[1])];
+            }
+            let v = activation.apply(s, v);
             let at = (first + r) * spec.columns + start;
-            let width = spec.panel_columns().min(spec.columns - start);
-            if spec.gated {
-                self.write(s, at, width, s.mul(swish(s, v[0], 1.0), v[1]));
+            // SAFETY: rows and columns of this task, which no other has.
+            let out = unsafe { self.out.part(at, width) };
+            let residual = match self.epilogue.residual {
+                Residual::Add(residual) => Some(&residual[at..at + width]),
+                Residual::None | Residual::InPlace => None,
+            };
+            if width == N * LANES {
+                for i in 0..N {
+                    self.write(
+                        s,
+                        v[i],
+                        residual.map(|residual| &residual[i * LANES..][..LANES]),
+                        &mut out[i * LANES..][..LANES],
+                    );
+                }
                 continue;
             }
-            match self.epilogue.activation {
-                Activation::Identity | Activation::SwiGlu => {}
-                Activation::QuickGelu => v = [swish(s, v[0], 1.702), swish(s, v[1], 1.702)],
-                Activation::Gelu => v = [gelu(s, v[0]), gelu(s, v[1])],
-                Activation::GeluTanh => v = [gelu_tanh(s, v[0]), gelu_tanh(s, v[1])],
-            }
-            self.write(s, at, width.min(LANES), v[0]);
-            if width > LANES {
-                self.write(s, at + LANES, width - LANES, v[1]);
+            for (i, out) in out.chunks_mut(LANES).enumerate() {
+                self.write(s, v[i], residual.map(|residual| &residual[i * LANES..][..out.len()]), out);
             }
         }
     }
 
     #[inline(always)]
-    fn write<S: Simd>(&self, s: S, at: usize, width: usize, v: S::F) {
-        // SAFETY: rows and columns of this task, which no other has.
-        let out = unsafe { self.out.part(at, width) };
-        let v = match self.epilogue.residual {
-            Residual::None => v,
-            Residual::Add(residual) => s.add(v, s.load_part(&residual[at..at + width])),
-            Residual::InPlace => s.add(v, s.load_part(out)),
+    fn write<S: Simd>(&self, s: S, v: S::F, residual: Option<&[f32]>, out: &mut [f32]) {
+        let v = match (self.epilogue.residual, residual) {
+            (Residual::InPlace, _) => s.add(v, s.load_part(out)),
+            (_, Some(residual)) => s.add(v, s.load_part(residual)),
+            (_, None) => v,
         };
         s.store_part(v, out);
+    }
+}
+
+/// An activation of a panel's two vectors, which makes N of them. (Not a closure, as everywhere.)
+trait Activate<S: Simd, const N: usize>: Copy {
+    fn apply(self, s: S, v: [S::F; 2]) -> [S::F; N];
+}
+
+#[derive(Clone, Copy)]
+struct Identity;
+
+#[derive(Clone, Copy)]
+struct QuickGelu;
+
+#[derive(Clone, Copy)]
+struct Gelu;
+
+#[derive(Clone, Copy)]
+struct GeluTanh;
+
+#[derive(Clone, Copy)]
+struct SwiGlu;
+
+impl<S: Simd> Activate<S, 2> for Identity {
+    #[inline(always)]
+    fn apply(self, _: S, v: [S::F; 2]) -> [S::F; 2] {
+        v
+    }
+}
+
+impl<S: Simd> Activate<S, 2> for QuickGelu {
+    #[inline(always)]
+    fn apply(self, s: S, v: [S::F; 2]) -> [S::F; 2] {
+        [swish(s, v[0], 1.702), swish(s, v[1], 1.702)]
+    }
+}
+
+impl<S: Simd> Activate<S, 2> for Gelu {
+    #[inline(always)]
+    fn apply(self, s: S, v: [S::F; 2]) -> [S::F; 2] {
+        [gelu(s, v[0]), gelu(s, v[1])]
+    }
+}
+
+impl<S: Simd> Activate<S, 2> for GeluTanh {
+    #[inline(always)]
+    fn apply(self, s: S, v: [S::F; 2]) -> [S::F; 2] {
+        [gelu_tanh(s, v[0]), gelu_tanh(s, v[1])]
+    }
+}
+
+impl<S: Simd> Activate<S, 1> for SwiGlu {
+    #[inline(always)]
+    fn apply(self, s: S, [gate, up]: [S::F; 2]) -> [S::F; 1] {
+        [s.mul(swish(s, gate, 1.0), up)]
     }
 }

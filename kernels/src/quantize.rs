@@ -46,7 +46,7 @@ pub struct Quantized {
     block: usize,
     /// Offset by 128. At least as many as there are now.
     values: Vec<u8>,
-    /// `[rows, ceil(k / block)]`, or `[rows]`. At least as many.
+    /// `[ceil(k / block), rows]`, or `[rows]`: those of a tile's rows are side by side. At least as many.
     scales: Vec<f32>,
 }
 
@@ -90,8 +90,14 @@ impl Quantized {
         self.values[k / EIGHT * self.stride() + row * EIGHT + k % EIGHT]
     }
 
-    /// `[rows, ceil(k / block)]`, or `[rows]`.
-    pub fn scales(&self) -> &[f32] {
+    /// The scale of a row's elements in a block; of the whole row where they share one.
+    pub fn scale(&self, row: usize, block: usize) -> f32 {
+        assert!(row < self.rows && block < self.scales_per_row(), "no such block");
+        self.scales[block * self.rows + row]
+    }
+
+    /// `[ceil(k / block), rows]`, or `[rows]`.
+    pub(crate) fn scales(&self) -> &[f32] {
         &self.scales[..self.rows * self.scales_per_row()]
     }
 
@@ -158,15 +164,14 @@ pub fn quantize_rows(
         }
     }
     out.start(x.len(), k, block)?;
-    let (rows, stride, each) = (out.rows, out.stride(), out.scales_per_row());
+    let (rows, stride) = (out.rows, out.stride());
     let (values, scales) = (Shared::new(&mut out.values), Shared::new(&mut out.scales));
+    let to = Output { values: &values, stride, scales: &scales, rows };
     let num_tasks = rows.div_ceil(TASK_ROWS);
     workers.for_each(num_tasks, &|task| {
         let rows = task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS);
-        // SAFETY: tasks have disjoint rows.
-        let scales = unsafe { scales.part(rows.start * each, rows.len() * each) };
         let x = &x[rows.start * k..rows.end * k];
-        level.dispatch(Rows { x, k, norm, block, first: rows.start, values: &values, stride, scales });
+        level.dispatch(Rows { x, k, norm, block, first: rows.start, to });
     });
     Ok(())
 }
@@ -179,10 +184,16 @@ struct Rows<'a> {
     block: usize,
     /// The number of the first row.
     first: usize,
-    /// Of all rows.
+    to: Output<'a>,
+}
+
+/// Where all rows go.
+#[derive(Clone, Copy)]
+struct Output<'a> {
     values: &'a Shared<'a, u8>,
     stride: usize,
-    scales: &'a mut [f32],
+    scales: &'a Shared<'a, f32>,
+    rows: usize,
 }
 
 impl Work for Rows<'_> {
@@ -190,45 +201,50 @@ impl Work for Rows<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { x, k, norm, block, first, values, stride, scales } = self;
+        let Self { x, k, norm, block, first, to } = self;
         let block = if block == 0 { k } else { block };
-        for ((row, x), scales) in x.chunks_exact(k).enumerate().zip(scales.chunks_exact_mut(k.div_ceil(block))) {
-            let values = Values { values, start: (first + row) * EIGHT, stride };
+        for (row, x) in x.chunks_exact(k).enumerate() {
+            let to = OutputRow { to, row: first + row };
             match norm {
-                Norm::None => quantize(s, Plain { x }, (k, block), values, scales),
+                Norm::None => quantize(s, Plain { x }, (k, block), to),
                 Norm::Rms { weight, epsilon } => {
                     let mean = sum_of(s, x, Square) / k as f32;
                     let factor = s.splat(1.0 / (mean + epsilon).sqrt());
-                    quantize(s, RmsNormed { x, weight, factor }, (k, block), values, scales);
+                    quantize(s, RmsNormed { x, weight, factor }, (k, block), to);
                 }
                 Norm::Layer { weight, bias, epsilon } => {
                     let mean = s.splat(sum_of(s, x, Value) / k as f32);
                     let variance = sum_of(s, x, SquareFrom(mean)) / k as f32;
                     let factor = s.splat(1.0 / (variance + epsilon).sqrt());
-                    quantize(s, LayerNormed { x, weight, bias, mean, factor }, (k, block), values, scales);
+                    quantize(s, LayerNormed { x, weight, bias, mean, factor }, (k, block), to);
                 }
             }
         }
     }
 }
 
-/// Where a row's values go.
+/// Where a row goes.
 #[derive(Clone, Copy)]
-struct Values<'a> {
-    values: &'a Shared<'a, u8>,
-    start: usize,
-    stride: usize,
+struct OutputRow<'a> {
+    to: Output<'a>,
+    row: usize,
 }
 
-impl Values<'_> {
+impl OutputRow<'_> {
+    #[inline(always)]
+    fn write_scale(self, block: usize, scale: f32) {
+        // SAFETY: tasks have disjoint rows, and nothing else of this row is borrowed.
+        unsafe { self.to.scales.part(block * self.to.rows + self.row, 1)[0] = scale };
+    }
+
     /// Writes the first of these to elements `at..at + len`, where `at` is a multiple of 8, and others to what completes eight.
     #[inline(always)]
     fn write(self, at: usize, len: usize, values: [u8; LANES]) {
         let groups = values.as_chunks::<EIGHT>().0.iter().take(len.div_ceil(EIGHT));
         for (group, values) in groups.enumerate() {
-            // SAFETY: tasks have disjoint rows, and nothing else of this row is borrowed.
-            let to = unsafe { self.values.part(self.start + (at / EIGHT + group) * self.stride, EIGHT) };
-            to.copy_from_slice(values);
+            let at = (at / EIGHT + group) * self.to.stride + self.row * EIGHT;
+            // SAFETY: as above.
+            unsafe { self.to.values.part(at, EIGHT) }.copy_from_slice(values);
         }
     }
 }
@@ -284,8 +300,8 @@ impl<S: Simd> Row<S> for LayerNormed<'_, S::F> {
 
 /// Quantises one row, whose elements are computed twice, which is cheaper than keeping them.
 #[inline(always)]
-fn quantize<S: Simd>(s: S, row: impl Row<S>, (k, block): (usize, usize), values: Values<'_>, scales: &mut [f32]) {
-    for (b, scale) in scales.iter_mut().enumerate() {
+fn quantize<S: Simd>(s: S, row: impl Row<S>, (k, block): (usize, usize), to: OutputRow<'_>) {
+    for b in 0..k.div_ceil(block) {
         let (start, end) = (b * block, k.min((b + 1) * block));
         let whole = start + (end - start) / LANES * LANES;
         let mut largest = s.splat_i32(0);
@@ -298,21 +314,21 @@ fn quantize<S: Simd>(s: S, row: impl Row<S>, (k, block): (usize, usize), values:
         }
         let largest = f32::from_bits(s.largest_i32(largest) as u32);
         if !largest.is_finite() || largest < 1e-30 {
-            *scale = if largest.is_finite() { 0.0 } else { f32::NAN };
-            (start..end).step_by(LANES).for_each(|at| values.write(at, LANES.min(end - at), [ZERO_POINT; LANES]));
+            to.write_scale(b, if largest.is_finite() { 0.0 } else { f32::NAN });
+            (start..end).step_by(LANES).for_each(|at| to.write(at, LANES.min(end - at), [ZERO_POINT; LANES]));
             continue;
         }
-        *scale = largest / 127.0;
+        to.write_scale(b, largest / 127.0);
         let inverse = s.splat(127.0 / largest);
         let mut lanes = [0; LANES];
         for at in (start..whole).step_by(LANES) {
             s.store_u8(quantized(s, row.at(s, at, LANES), inverse), &mut lanes);
-            values.write(at, LANES, lanes);
+            to.write(at, LANES, lanes);
         }
         if whole < end {
             let v = s.first(end - whole, row.at(s, whole, end - whole), s.splat(0.0));
             s.store_u8(quantized(s, v, inverse), &mut lanes);
-            values.write(whole, end - whole, lanes);
+            to.write(whole, end - whole, lanes);
         }
     }
 }

@@ -17,8 +17,8 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, SendError, Sender};
 use hdrhistogram::Histogram;
 
 use crate::error::Result;
-use crate::runtime::{helping, host};
 use crate::runtime::stream::DeviceTimer;
+use crate::runtime::{helping, host};
 use crate::stage::Stage;
 
 /// Spans and captions that a track keeps: some 30 MB.

@@ -1,8 +1,11 @@
 //! `vpdpbusd` on 512-bit registers: two of them hold a step of a panel.
 
 use std::arch::x86_64::*;
+use std::hint::black_box;
+use std::ops::Range;
 
-use super::{COLUMNS, Dot, ROWS, Scales, Sums, Tile, with_rows};
+use super::{Blocks, COLUMNS, Dot, ROWS, Step, Sums, Tile, with_rows};
+use crate::quantize::EIGHT;
 use crate::simd::avx512::Avx512;
 
 impl Dot for Avx512 {
@@ -13,12 +16,26 @@ impl Dot for Avx512 {
     }
 }
 
+/// Rows whose scaled sums stay in registers: 6 x 2 sums of a block and 6 x 2 of all leave eight for operands. (In memory, 12 rows'
+/// cost more than reading the weights twice: a 64-byte store takes two cycles.)
+pub(crate) const BLOCK_ROWS: usize = 6;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 impl Avx512 {
-    /// [`Simd::add_tile`](crate::simd::Simd::add_tile).
+    /// [`Simd::sum_blocks`](crate::simd::Simd::sum_blocks).
     #[inline(always)]
-    pub(crate) fn add_product(self, rows: usize, tile: Tile<'_>, scales: Scales<'_>, acc: &mut [[f32; COLUMNS]; ROWS]) {
+    pub(crate) fn sum_of_blocks(self, rows: usize, blocks: &Blocks<'_>, acc: &mut [[f32; COLUMNS]; ROWS]) {
+        blocks.check(rows);
+        with_rows!(rows, |R| sum_of_blocks::<R>(blocks, acc), 1 2 3 4 5 6);
+    }
+
+    /// [`Simd::tile_f32`](crate::simd::Simd::tile_f32).
+    #[inline(always)]
+    pub(crate) fn floats(self, rows: usize, tile: Tile<'_>, acc: &mut [[f32; COLUMNS]; ROWS]) {
         tile.check(rows);
-        with_rows!(rows, |R| product_add::<R>(tile, (scales, acc)), 1 2 3 4 5 6 7 8 9 10 11 12);
+        with_rows!(rows, |R| floats::<R>(tile, acc), 1 2 3 4 5 6 7 8 9 10 11 12);
     }
 }
 
@@ -38,26 +55,94 @@ unsafe fn product<const R: usize>(tile: Tile<'_>, sums: &mut Sums) {
     }
 }
 
-/// As [`product`], scaled and added to floats without a way through memory.
-///
 /// # Safety
 /// `tile.check(R)` holds.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn product_add<const R: usize>(tile: Tile<'_>, (scales, to): (Scales<'_>, &mut [[f32; COLUMNS]; ROWS])) {
+unsafe fn floats<const R: usize>(tile: Tile<'_>, to: &mut [[f32; COLUMNS]; ROWS]) {
     // SAFETY: by contract.
-    let sums = unsafe { in_registers::<R>(tile) };
-    let columns = scales.columns;
-    // SAFETY: 32 columns.
-    let columns = unsafe { [_mm512_loadu_ps(columns.as_ptr()), _mm512_loadu_ps(columns[16..].as_ptr())] };
-    for (r, (sums, to)) in sums.iter().zip(to).enumerate() {
+    let acc = unsafe { in_registers::<R>(tile) };
+    for (sums, to) in acc.iter().zip(to) {
         let to = to.as_mut_ptr();
-        for i in 0..2 {
-            let scale = _mm512_mul_ps(_mm512_set1_ps(scales.rows[r]), columns[i]);
-            // SAFETY: a row has 32 f32.
-            unsafe {
-                let to = to.add(16 * i);
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i]), scale, _mm512_loadu_ps(to)));
+        // SAFETY: a row has 32 f32.
+        unsafe {
+            _mm512_storeu_ps(to, _mm512_cvtepi32_ps(sums[0]));
+            _mm512_storeu_ps(to.add(16), _mm512_cvtepi32_ps(sums[1]));
+        }
+    }
+}
+
+/// # Safety
+/// `blocks.check(R)` holds.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn sum_of_blocks<const R: usize>(blocks: &Blocks<'_>, to: &mut [[f32; COLUMNS]; ROWS]) {
+    let mut acc = [[_mm512_setzero_ps(); 2]; R];
+    // The compiler is not to know that these are beside the others: it would load both at once, and take them apart.
+    let further = black_box(4_usize);
+    let (mut a, mut rows) = (blocks.a.as_ptr(), blocks.row_scales.as_ptr());
+    let Range { start: mut next, end: last_next } = blocks.next.as_flattened().as_ptr_range();
+    // Lines for each two steps: no more than it takes, since the memory has only so many under way.
+    let num_lines = (4 * blocks.next.len()).div_ceil(blocks.b.len());
+    let operands = blocks.b.chunks(blocks.num_steps).zip(blocks.starts).zip(blocks.column_scales);
+    for ((steps, start), columns) in operands {
+        let start: *const __m512i = start.as_ptr().cast();
+        // SAFETY: 32 i32.
+        let mut sums = [unsafe { [_mm512_loadu_si512(start), _mm512_loadu_si512(start.add(1))] }; R];
+        let (twos, last) = steps.as_chunks::<2>();
+        for two in twos {
+            if next < last_next {
+                // Hints, which take any address.
+                for line in 0..num_lines {
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(LINE * line));
+                }
+                next = next.wrapping_add(LINE * num_lines);
             }
+            // SAFETY: a checked tile's rows of two steps.
+            unsafe {
+                add_step(&mut sums, a, &two[0]);
+                add_step(&mut sums, a.wrapping_add(further), &two[1]);
+            }
+            a = a.wrapping_add(blocks.stride);
+        }
+        for step in last {
+            // SAFETY: as above.
+            unsafe { add_step(&mut sums, a, step) };
+        }
+        // SAFETY: 32 columns.
+        let columns = unsafe { [_mm512_loadu_ps(columns.as_ptr()), _mm512_loadu_ps(columns[16..].as_ptr())] };
+        for (r, (acc, sums)) in acc.iter_mut().zip(&sums).enumerate() {
+            // SAFETY: a checked tile's scale.
+            let row = _mm512_set1_ps(unsafe { *rows.add(r) });
+            for i in 0..2 {
+                acc[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i]), _mm512_mul_ps(row, columns[i]), acc[i]);
+            }
+        }
+        rows = rows.wrapping_add(blocks.row_scales_stride);
+    }
+    for (acc, to) in acc.iter().zip(to) {
+        let to = to.as_mut_ptr();
+        // SAFETY: a row has 32 f32.
+        unsafe {
+            _mm512_storeu_ps(to, acc[0]);
+            _mm512_storeu_ps(to.add(16), acc[1]);
+        }
+    }
+}
+
+/// Adds the products of a step; row `r`'s four activations are `a[8 r..][..4]`.
+///
+/// # Safety
+/// The processor has the instructions, and these activations can be read. (Without the attribute that says so: with it, a
+/// function cannot be inlined always, and the sums would go through memory.)
+#[inline(always)]
+unsafe fn add_step<const R: usize>(sums: &mut [[__m512i; 2]; R], a: *const u8, step: &Step) {
+    let b: *const __m512i = step.as_ptr().cast();
+    // SAFETY: by contract; a step has 128 bytes.
+    unsafe {
+        let b = [_mm512_loadu_si512(b), _mm512_loadu_si512(b.add(1))];
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let four = _mm512_set1_epi32(a.add(EIGHT * r).cast::<i32>().read_unaligned());
+            sums[0] = _mm512_dpbusd_epi32(sums[0], four, b[0]);
+            sums[1] = _mm512_dpbusd_epi32(sums[1], four, b[1]);
         }
     }
 }

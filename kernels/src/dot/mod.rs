@@ -9,7 +9,7 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
@@ -24,6 +24,10 @@ pub(crate) type Step = [i8; 4 * COLUMNS];
 
 /// Sums of one tile.
 pub(crate) type Sums = [[i32; COLUMNS]; ROWS];
+
+/// At the beginning of a cache line: vectors that reach from one line into the next take twice the time.
+#[repr(C, align(64))]
+pub(crate) struct Aligned<T>(pub(crate) T);
 
 /// The operands of one tile.
 #[derive(Clone, Copy)]
@@ -45,6 +49,61 @@ pub(crate) struct Tile<'a> {
 pub(crate) struct Scales<'a> {
     pub(crate) rows: &'a [f32; ROWS],
     pub(crate) columns: &'a [f32; COLUMNS],
+}
+
+/// The operands of one tile whose sums are scaled block by block along k.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks<'a> {
+    /// As [`Tile::a`], of all blocks.
+    pub(crate) a: &'a [u8],
+    pub(crate) stride: usize,
+    /// The whole panel.
+    pub(crate) b: &'a [Step],
+    /// Of each block but the last, which may have fewer. Even.
+    pub(crate) num_steps: usize,
+    pub(crate) bounded: bool,
+    /// `[blocks]`: as [`Tile::init`].
+    pub(crate) starts: &'a [[i32; COLUMNS]],
+    /// Those of block `b` from `b * row_scales_stride` on.
+    pub(crate) row_scales: &'a [f32],
+    pub(crate) row_scales_stride: usize,
+    /// `[blocks]`
+    pub(crate) column_scales: &'a [[f32; COLUMNS]],
+    /// As [`Tile::next`].
+    pub(crate) next: &'a [Step],
+}
+
+impl<'a> Blocks<'a> {
+    /// The blocks, one after the other.
+    pub(crate) fn tiles(self) -> impl Iterator<Item = (usize, Tile<'a>)> {
+        let Self { a, stride, b, num_steps, bounded, starts, next, .. } = self;
+        b.chunks(num_steps).zip(starts).enumerate().map(move |(block, (b, init))| {
+            let next = next.get(block * num_steps..).unwrap_or(&[]);
+            let next = &next[..next.len().min(b.len())];
+            (block, Tile { a: &a[block * num_steps / 2 * stride..], stride, b, bounded, init, next })
+        })
+    }
+
+    /// What the kernels' unchecked reads rely on.
+    fn check(&self, rows: usize) {
+        let last = self.b.len().div_ceil(2).saturating_sub(1);
+        let num_blocks = self.b.len().div_ceil(self.num_steps);
+        assert!(
+            (1..=ROWS).contains(&rows)
+                && last * self.stride + EIGHT * rows <= self.a.len()
+                && self.num_steps.is_multiple_of(2)
+                && num_blocks.saturating_sub(1) * self.row_scales_stride + rows <= self.row_scales.len()
+                && (self.starts.len(), self.column_scales.len()) == (num_blocks, num_blocks),
+            "bug: a tile reaches beyond its activations"
+        );
+    }
+
+    /// The factors of the first `rows` rows' sums over `block`, zeros behind them.
+    pub(crate) fn row_scales(&self, rows: usize, block: usize) -> [f32; ROWS] {
+        let mut scales = [0.0; ROWS];
+        scales[..rows].copy_from_slice(&self.row_scales[block * self.row_scales_stride..][..rows]);
+        scales
+    }
 }
 
 /// One instruction set's integer products.

@@ -5,7 +5,8 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::{LANES, Simd};
-use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
+use crate::dot::avx512::BLOCK_ROWS;
+use crate::dot::{Blocks, COLUMNS, ROWS, Sums, Tile};
 use crate::level::Work;
 
 /// The proof that F, BW, DQ, VL and VNNI, with AVX2, FMA and F16C below them, are there.
@@ -29,20 +30,19 @@ macro_rules! has {
 
 impl Simd for Avx512 {
     #[inline(always)]
-    fn add_tile(
-        self,
-        rows: usize,
-        tile: Tile<'_>,
-        scales: Scales<'_>,
-        _sums: &mut Sums,
-        acc: &mut [[f32; COLUMNS]; ROWS],
-    ) {
-        self.add_product(rows, tile, scales, acc);
+    fn sum_blocks(self, rows: usize, blocks: Blocks<'_>, _sums: &mut Sums, acc: &mut [[f32; COLUMNS]; ROWS]) {
+        self.sum_of_blocks(rows, &blocks, acc);
+    }
+
+    #[inline(always)]
+    fn tile_f32(self, rows: usize, tile: Tile<'_>, _sums: &mut Sums, acc: &mut [[f32; COLUMNS]; ROWS]) {
+        self.floats(rows, tile, acc);
     }
 
     type F = __m512;
     type I = __m512i;
     const ACCUMULATORS: usize = 24;
+    const BLOCK_ROWS: usize = BLOCK_ROWS;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {

@@ -17,7 +17,7 @@ pub(crate) mod neon;
 
 pub(crate) use portable::Portable;
 
-use crate::dot::{COLUMNS, Dot, ROWS, Scales, Sums, Tile};
+use crate::dot::{Blocks, COLUMNS, Dot, ROWS, Scales, Sums, Tile};
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -30,6 +30,8 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
     type I: Copy;
     /// Vectors of accumulators that fit in registers beside operands.
     const ACCUMULATORS: usize;
+    /// Rows that [`Self::sum_blocks`] takes.
+    const BLOCK_ROWS: usize = ROWS;
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, from: &[f32; LANES]) -> Self::F;
@@ -85,6 +87,29 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
         acc: &mut [[f32; COLUMNS]; ROWS],
     ) {
         add_sums(self, rows, tile, scales, sums, acc);
+    }
+
+    /// The sums of a tile as floats, in the first `rows` rows of `acc`. `sums` is scratch.
+    #[inline(always)]
+    fn tile_f32(self, rows: usize, tile: Tile<'_>, sums: &mut Sums, acc: &mut [[f32; COLUMNS]; ROWS]) {
+        self.tile(rows, tile, sums);
+        for (acc, sums) in acc.iter_mut().zip(&*sums).take(rows) {
+            for (acc, sums) in acc.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
+                self.store(self.to_f32(self.load_i32(sums)), acc);
+            }
+        }
+    }
+
+    /// The scaled sums of a tile's blocks in the first `rows` rows of `acc`: from zero on, block after block, as
+    /// [`Self::add_tile`]. `sums` is scratch.
+    #[inline(always)]
+    fn sum_blocks(self, rows: usize, blocks: Blocks<'_>, sums: &mut Sums, acc: &mut [[f32; COLUMNS]; ROWS]) {
+        acc[..rows].fill([0.0; COLUMNS]);
+        for (block, tile) in blocks.tiles() {
+            let of_rows = blocks.row_scales(rows, block);
+            let scales = Scales { rows: &of_rows, columns: &blocks.column_scales[block] };
+            self.add_tile(rows, tile, scales, sums, acc);
+        }
     }
 
     /// The first `from.len()` lanes (at most 16), zero in the others.
