@@ -301,6 +301,7 @@ impl Work for Attend<'_> {
             let token = token_of(row);
             let head = (kv_head * group + row % group) * head_dim;
             let query = &packed[(sequence.first_row + token) * width + head..][..head_dim];
+            prefetch_ahead(s, query, QUERIES_AHEAD * width);
             attention.rotated(s, query, sequence.past + token, factor, turned);
         });
         state.start(num_rows, head_dim);
@@ -395,12 +396,18 @@ impl Work for AttendAll<'_> {
         let keys = grown(keys, num_panels * LANES * head_dim);
         let values = grown(values, tokens * padded);
         for (panel, columns) in keys.chunks_exact_mut(LANES * head_dim).enumerate() {
-            let columns = columns.as_chunks_mut::<LANES>().0;
-            for lane in 0..LANES {
-                // Behind the end the last row again: it is not seen.
-                let token = (panel * LANES + lane).min(tokens - 1);
-                let key = &packed[token * width + (heads + kv_head) * head_dim..][..head_dim];
-                columns.iter_mut().zip(key).for_each(|(column, &x)| column[lane] = x);
+            for (at, columns) in columns.as_chunks_mut::<LANES>().0.chunks_mut(LANES).enumerate() {
+                let mut rows = [s.splat(0.0); LANES];
+                for (lane, row) in rows.iter_mut().enumerate() {
+                    // Behind the end the last row again: it is not seen.
+                    let token = (panel * LANES + lane).min(tokens - 1);
+                    let start = token * width + (heads + kv_head) * head_dim + at * LANES;
+                    *row = s.load_part(&packed[start..][..columns.len()]);
+                }
+                let rows = s.transpose(rows);
+                for (column, row) in columns.iter_mut().zip(rows) {
+                    s.store(row, column);
+                }
             }
         }
         for (token, to) in values.chunks_exact_mut(padded).enumerate() {
@@ -418,6 +425,7 @@ impl Work for AttendAll<'_> {
             let head_of = |row: usize| (kv_head * group + (first + row) % group) * head_dim;
             fill_queries::<S>(queries, num_rows, head_dim, turned, |row, turned| {
                 let query = &packed[(first + row) / group * width + head_of(row)..][..head_dim];
+                prefetch_ahead(s, query, QUERIES_AHEAD * width);
                 for (x, to) in query.chunks(LANES).zip(turned.chunks_mut(LANES)) {
                     s.store_part(s.mul(s.load_part(x), factor), &mut to[..x.len()]);
                 }
@@ -533,12 +541,31 @@ fn fill_queries<S: Simd>(
     }
 }
 
+/// Tokens between the one whose queries are read and the one whose queries are fetched meanwhile: rows are far from each other.
+const QUERIES_AHEAD: usize = 4;
+
+/// Rows between the values that are read and those that are fetched meanwhile.
+const ROWS_AHEAD: usize = 32;
+
+/// Hints that what lies `distance` elements behind `elements`, or nothing, is going to be read.
+#[inline(always)]
+fn prefetch_ahead<S: Simd, T>(s: S, elements: &[T], distance: usize) {
+    let per_line = 64 / size_of::<T>();
+    for at in (0..elements.len()).step_by(per_line) {
+        s.prefetch(elements.as_ptr().wrapping_add(at + distance));
+    }
+}
+
 /// Elements that widen to f32.
 trait Element: Copy {
+    /// Whether they come from the cache, which is in memory, and not from where they were just made ready.
+    const IS_FAR: bool;
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F;
 }
 
 impl Element for f32 {
+    const IS_FAR: bool = false;
+
     #[inline(always)]
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
         s.load(from)
@@ -546,6 +573,8 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
+    const IS_FAR: bool = true;
+
     #[inline(always)]
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
         s.load_f16(from)
@@ -597,10 +626,10 @@ impl State {
                     let queries = queries.as_chunks::<R>().0;
                     let num_panels = count.div_ceil(LANES);
                     for panel in (0..num_panels / C * C).step_by(C) {
-                        products::<S, T, R, C>(s, queries, &panels[panel * head_dim..], &mut scores, panel);
+                        products::<S, T, R, C>(s, queries, &panels[panel * head_dim..], &mut scores, panel, values);
                     }
                     for panel in num_panels / C * C..num_panels {
-                        products::<S, T, R, 1>(s, queries, &panels[panel * head_dim..], &mut scores, panel);
+                        products::<S, T, R, 1>(s, queries, &panels[panel * head_dim..], &mut scores, panel, values);
                     }
                 });
                 let (mut factors, mut seen_of) = ([1.0; 12], [0; 12]);
@@ -643,6 +672,7 @@ fn products<S: Simd, T: Element, const R: usize, const C: usize>(
     panels: &[[T; LANES]],
     scores: &mut Scores,
     panel: usize,
+    values: &[[T; LANES]],
 ) {
     let head_dim = queries.len();
     let mut sums = [[s.splat(0.0); C]; R];
@@ -651,6 +681,15 @@ fn products<S: Simd, T: Element, const R: usize, const C: usize>(
         *of_panel = &panels[c * head_dim..][..head_dim];
     }
     for (d, query) in queries.iter().enumerate() {
+        if T::IS_FAR {
+            // The next C panels, behind these: a vector takes half a line.
+            for c in (d % 2..C).step_by(2) {
+                s.prefetch(of_panels[c][d].as_ptr().wrapping_add(C * head_dim * LANES));
+            }
+            if panel == 0 {
+                s.prefetch(values.as_ptr().wrapping_add(2 * d));
+            }
+        }
         let mut keys = [s.splat(0.0); C];
         for c in 0..C {
             keys[c] = T::load(s, &of_panels[c][d]);
@@ -738,6 +777,9 @@ fn weigh<S: Simd, T: Element, const R: usize, const C: usize>(
     let (of_all, of_some) = values.split_at(seen[0] * width);
     for (j, row) in of_all.chunks_exact(width).take(BLOCK).enumerate() {
         let row = &row[column..][..C];
+        if T::IS_FAR {
+            prefetch_ahead(s, row.as_flattened(), ROWS_AHEAD * width * LANES);
+        }
         let mut value = [s.splat(0.0); C];
         for c in 0..C {
             value[c] = T::load(s, &row[c]);

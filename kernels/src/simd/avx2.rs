@@ -62,6 +62,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     const ACCUMULATORS: usize = 6;
 
     #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        has!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> F {
         has!([_mm256_set1_ps(x); 2])
     }

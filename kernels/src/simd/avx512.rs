@@ -45,6 +45,40 @@ impl Simd for Avx512 {
     const BLOCK_ROWS: usize = BLOCK_ROWS;
 
     #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        has!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m512; LANES]) -> [__m512; LANES] {
+        has!({
+            // Four by four within 128 bits, then the 128 bits of four vectors, then of all.
+            let mut v = rows;
+            for i in (0..LANES).step_by(4) {
+                let low = [_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpacklo_ps(v[i + 2], v[i + 3])];
+                let high = [_mm512_unpackhi_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i + 2], v[i + 3])];
+                v[i] = _mm512_shuffle_ps::<0x44>(low[0], low[1]);
+                v[i + 1] = _mm512_shuffle_ps::<0xee>(low[0], low[1]);
+                v[i + 2] = _mm512_shuffle_ps::<0x44>(high[0], high[1]);
+                v[i + 3] = _mm512_shuffle_ps::<0xee>(high[0], high[1]);
+            }
+            // Quarter q of vector 4 i + j is rows 4 i to 4 i + 3 of column 4 q + j.
+            let mut columns = v;
+            for j in 0..4 {
+                let low = _mm512_shuffle_f32x4::<0x88>(v[j], v[4 + j]);
+                let high = _mm512_shuffle_f32x4::<0xdd>(v[j], v[4 + j]);
+                let further_low = _mm512_shuffle_f32x4::<0x88>(v[8 + j], v[12 + j]);
+                let further_high = _mm512_shuffle_f32x4::<0xdd>(v[8 + j], v[12 + j]);
+                columns[j] = _mm512_shuffle_f32x4::<0x88>(low, further_low);
+                columns[8 + j] = _mm512_shuffle_f32x4::<0xdd>(low, further_low);
+                columns[4 + j] = _mm512_shuffle_f32x4::<0x88>(high, further_high);
+                columns[12 + j] = _mm512_shuffle_f32x4::<0xdd>(high, further_high);
+            }
+            columns
+        })
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         has!(_mm512_set1_ps(x))
     }

@@ -33,6 +33,26 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
     /// Rows that [`Self::sum_blocks`] takes.
     const BLOCK_ROWS: usize = ROWS;
 
+    /// A hint that the cache line at `address`, which may be any, is going to be read.
+    #[inline(always)]
+    fn prefetch<T>(self, _address: *const T) {}
+
+    /// Sixteen rows as sixteen columns.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
+        let mut lanes = [[0.0; LANES]; LANES];
+        for (i, row) in rows.into_iter().enumerate() {
+            let mut of_row = [0.0; LANES];
+            self.store(row, &mut of_row);
+            lanes.iter_mut().zip(of_row).for_each(|(column, x)| column[i] = x);
+        }
+        let mut columns = rows;
+        for (column, lanes) in columns.iter_mut().zip(&lanes) {
+            *column = self.load(lanes);
+        }
+        columns
+    }
+
     fn splat(self, x: f32) -> Self::F;
     fn load(self, from: &[f32; LANES]) -> Self::F;
     fn store(self, v: Self::F, to: &mut [f32; LANES]);
