@@ -301,7 +301,7 @@ impl Work for Attend<'_> {
             let token = token_of(row);
             let head = (kv_head * group + row % group) * head_dim;
             let query = &packed[(sequence.first_row + token) * width + head..][..head_dim];
-            prefetch_ahead(s, query, QUERIES_AHEAD * width);
+            prefetch_ahead(s, query, TOKENS_AHEAD * width);
             attention.rotated(s, query, sequence.past + token, factor, turned);
         });
         state.start(num_rows, head_dim);
@@ -402,7 +402,9 @@ impl Work for AttendAll<'_> {
                     // Behind the end the last row again: it is not seen.
                     let token = (panel * LANES + lane).min(tokens - 1);
                     let start = token * width + (heads + kv_head) * head_dim + at * LANES;
-                    *row = s.load_part(&packed[start..][..columns.len()]);
+                    let key = &packed[start..][..columns.len()];
+                    prefetch_ahead(s, key, TOKENS_AHEAD * width);
+                    *row = s.load_part(key);
                 }
                 let rows = s.transpose(rows);
                 for (column, row) in columns.iter_mut().zip(rows) {
@@ -412,8 +414,10 @@ impl Work for AttendAll<'_> {
         }
         for (token, to) in values.chunks_exact_mut(padded).enumerate() {
             let value = &packed[token * width + (heads + kv_heads + kv_head) * head_dim..][..head_dim];
-            to[..head_dim].copy_from_slice(value);
-            to[head_dim..].fill(0.0);
+            prefetch_ahead(s, value, TOKENS_AHEAD * width);
+            for (value, to) in value.chunks(LANES).zip(to.as_chunks_mut::<LANES>().0) {
+                s.store(s.load_part(value), to);
+            }
         }
         let (keys, values) = (keys.as_chunks::<LANES>().0, values.as_chunks::<LANES>().0);
         let all_rows = tokens * group;
@@ -425,7 +429,7 @@ impl Work for AttendAll<'_> {
             let head_of = |row: usize| (kv_head * group + (first + row) % group) * head_dim;
             fill_queries::<S>(queries, num_rows, head_dim, turned, |row, turned| {
                 let query = &packed[(first + row) / group * width + head_of(row)..][..head_dim];
-                prefetch_ahead(s, query, QUERIES_AHEAD * width);
+                prefetch_ahead(s, query, TOKENS_AHEAD * width);
                 for (x, to) in query.chunks(LANES).zip(turned.chunks_mut(LANES)) {
                     s.store_part(s.mul(s.load_part(x), factor), &mut to[..x.len()]);
                 }
@@ -541,8 +545,8 @@ fn fill_queries<S: Simd>(
     }
 }
 
-/// Tokens between the one whose queries are read and the one whose queries are fetched meanwhile: rows are far from each other.
-const QUERIES_AHEAD: usize = 4;
+/// Tokens between the one whose row is read and the one whose row is fetched meanwhile: rows are far from each other.
+const TOKENS_AHEAD: usize = 16;
 
 /// Rows between the values that are read and those that are fetched meanwhile.
 const ROWS_AHEAD: usize = 32;

@@ -141,7 +141,7 @@ impl Work for Part<'_> {
         let Self { product, rows, panels } = self;
         let (weights, spec) = (product.weights, product.weights.spec());
         let blockwise = spec.block > 0;
-        let num_tiles = rows.len().div_ceil(if blockwise { S::BLOCK_ROWS } else { ROWS });
+        let num_tiles = rows.len().div_ceil(if blockwise { S::block_rows(rows.len()) } else { ROWS });
         let (mut sums, mut acc) = (Aligned([[0; COLUMNS]; ROWS]), Aligned([[0.0; COLUMNS]; ROWS]));
         let (Aligned(sums), Aligned(acc)) = (&mut sums, &mut acc);
         let mut starts = STARTS.take();

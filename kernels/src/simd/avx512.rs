@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::{LANES, Simd};
-use crate::dot::avx512::BLOCK_ROWS;
+use crate::dot::avx512::block_rows;
 use crate::dot::{Blocks, COLUMNS, ROWS, Sums, Tile};
 use crate::level::Work;
 
@@ -30,6 +30,11 @@ macro_rules! has {
 
 impl Simd for Avx512 {
     #[inline(always)]
+    fn block_rows(rows: usize) -> usize {
+        block_rows(rows)
+    }
+
+    #[inline(always)]
     fn sum_blocks(self, rows: usize, blocks: Blocks<'_>, _sums: &mut Sums, acc: &mut [[f32; COLUMNS]; ROWS]) {
         self.sum_of_blocks(rows, &blocks, acc);
     }
@@ -42,7 +47,6 @@ impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     const ACCUMULATORS: usize = 24;
-    const BLOCK_ROWS: usize = BLOCK_ROWS;
 
     #[inline(always)]
     fn prefetch<T>(self, address: *const T) {

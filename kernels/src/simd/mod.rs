@@ -30,8 +30,12 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
     type I: Copy;
     /// Vectors of accumulators that fit in registers beside operands.
     const ACCUMULATORS: usize;
-    /// Rows that [`Self::sum_blocks`] takes.
-    const BLOCK_ROWS: usize = ROWS;
+
+    /// Rows of a tile that [`Self::sum_blocks`] is fastest with, where there are `rows`.
+    #[inline(always)]
+    fn block_rows(_rows: usize) -> usize {
+        ROWS
+    }
 
     /// A hint that the cache line at `address`, which may be any, is going to be read.
     #[inline(always)]
