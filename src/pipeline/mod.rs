@@ -22,7 +22,7 @@ pub(crate) mod vision;
 pub mod write;
 
 use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -47,6 +47,7 @@ use crate::pipeline::write::failures::MaxFailures;
 use crate::pipeline::write::output::Output;
 use crate::pipeline::write::{Counts, Sink, WriteOptions, WriteReport};
 use crate::profile::recorder::Recorder;
+use crate::runtime::Device;
 use crate::stage::Stage;
 
 /// Encoded images that wait for a load thread: enough to hide a slow read, little enough to be nothing.
@@ -142,7 +143,6 @@ pub struct LoadedRun {
 /// When the device does not work, a graph does not load, or memory is short.
 pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
     let started = Instant::now();
-    let tokenizer = Tokenizer::open(&options.bundle.tokenizer_path())?;
     let keeps_pixels = options.engines.len() > 1;
     let open = |(i, engine): (usize, &EngineOptions)| -> Result<Box<dyn Captioner>> {
         let engine = EngineOptions { times_device: options.recorder.is_some(), ..engine.clone() };
@@ -154,9 +154,27 @@ pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
             None => captioner,
         })
     };
-    let engines = options.engines.iter().enumerate().map(open).collect::<Result<Vec<_>>>()?;
+    let open = &open;
+    let (engines, tokenizer) = thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| Tokenizer::open(&options.bundle.tokenizer_path()));
+        let engines = options.engines.iter().enumerate();
+        // GPUs one after the other: while a CUDA graph is captured nobody else may allocate.
+        let engines: Result<Vec<_>> = match options.engines.iter().all(|engine| engine.device == Device::Cpu) {
+            true => {
+                let opening: Vec<_> = engines.map(|engine| scope.spawn(move || open(engine))).collect();
+                opening.into_iter().map(joined).collect()
+            }
+            false => engines.map(open).collect(),
+        };
+        Ok::<_, Error>((engines?, joined(tokenizer)?))
+    })?;
     let load_seconds = started.elapsed().as_secs_f64();
     Ok(LoadedRun { options, engines, tokenizer, load_seconds })
+}
+
+/// What a thread of a scope gives; its panic goes on here.
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 impl LoadedRun {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
@@ -154,6 +154,9 @@ impl Session {
         let mut builder = builder
             .with_execution_providers(options.device.execution_providers(&settings))
             .map_err(|error| options.device.refusal(&ort::Error::<()>::from(error)))?;
+        // ONNX Runtime enters the operators of a session into a list of the process, without a lock: one session at a time.
+        static LOADING: Mutex<()> = Mutex::new(());
+        let _alone = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut build = || builder.commit_from_file(path).map_err(Error::ort(doing()));
         let session = match is_tensorrt && options.shows_builds {
             true => reporting(BUILD_INTERVAL, |elapsed| print_build(&name, elapsed), build)?,
