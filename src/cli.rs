@@ -11,7 +11,7 @@ use recaption_export::{Precision, Target};
 
 use crate::live;
 use crate::model::TemplateChoice;
-use crate::model::prompt::DEFAULT_PROMPT;
+use crate::model::prompt::{DEFAULT_PROMPT, DEFAULT_PROMPT_TOKENS};
 use crate::pipeline::engine::Injection;
 use crate::pipeline::source::Part;
 use crate::pipeline::write::Format;
@@ -555,8 +555,8 @@ pub struct InspectArgs {
     pub verify: bool,
     /// Tokens of text around the image, for memory and arithmetic
     ///
-    /// The default is about what the paper's prompt and its frame take. Example: --prompt-tokens 100
-    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    /// The default is what the paper's prompt and its frame take. Example: --prompt-tokens 100
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PROMPT_TOKENS, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub prompt_tokens: u32,
     /// New tokens of a caption, for arithmetic
     ///
@@ -600,7 +600,7 @@ pub struct PlanArgs {
     pub memory: Option<f64>,
     /// This machine's processor: measures what it can do, some seconds long
     ///
-    /// As `recaption profile` does. Example: --measure
+    /// As `recaption profile` does. For fp32 and integers: a CPU multiplies no shorter floats. Example: --measure
     #[arg(long)]
     pub measure: bool,
     /// Scale from this run: a profile.json of `recaption profile`, or the folder that it is in
@@ -624,19 +624,19 @@ pub struct PlanArgs {
     /// Example: --price-per-hour 2.5
     #[arg(long, value_name = "PRICE", requires = "images", value_parser = parse_positive)]
     pub price_per_hour: Option<f64>,
-    /// Precision that a checkpoint would be exported with [default: fp16]
+    /// Precision that a checkpoint would be exported with [default: fp16, or int8 with --measure]
     ///
     /// Not with a bundle, which has its own. Example: --precision fp8
     #[arg(long, value_enum, requires = "model")]
     pub precision: Option<PrecisionArg>,
-    /// Target that a checkpoint would be exported for [default: ort, or tensorrt for fp8]
+    /// Target that a checkpoint would be exported for [default: ort, tensorrt for fp8, or cpu for int8 with --measure]
     ///
     /// Not with a bundle, which has its own. Example: --target tensorrt
     #[arg(long, value_enum, requires = "model")]
     pub target: Option<TargetArg>,
-    /// Tokens of text around the image [default: 40, or the profile's]
+    /// Tokens of text around the image [default: 60, or the profile's]
     ///
-    /// The paper's prompt and its frame take about 40. Example: --prompt-tokens 100
+    /// The paper's prompt and its frame take 60. Example: --prompt-tokens 100
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub prompt_tokens: Option<u32>,
     /// Mean new tokens of a caption, its stop token among them [default: 64, or the profile's]
