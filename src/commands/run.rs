@@ -156,8 +156,8 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
         summary.run_seconds,
     )];
     // Of nothing there is no rate.
-    if counts.ok > 0 && summary.images_per_second > 0.0 {
-        lines[0] += &format!(", {:.2} images/s", summary.images_per_second);
+    if summary.images_per_second > 0.0 {
+        lines[0] += &format!(", {:.2} captioned images/s", summary.images_per_second);
     }
     if counts.ok > 0 {
         lines[0] += &format!(", {}", counted(counts.new_tokens, "new token"));

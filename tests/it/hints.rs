@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{demo_bundle, demo_shard, printed_rows, recaption, root, stderr, write_tar};
+use crate::support::{demo_bundle, demo_shard, printed_rows, read_json, recaption, root, stderr, write_tar};
 
 /// A refusal is two lines: what is wrong, and what to do. Nothing comes before it and nothing is left behind.
 fn assert_refused(args: &[&str], error: &str, hint: &str) {
@@ -286,7 +286,13 @@ fn the_last_lines_say_what_became_of_how_many() {
     assert!(summary.starts_with("1 row: 0 ok, 1 failed; ") && summary.ends_with(" s to run"), "{summary}");
     let [progress, summary] = &run(&[broken, image])[..] else { panic!("two lines") };
     assert!(progress.starts_with("captioned 1 (1 failed), "), "{progress}");
-    assert!(summary.starts_with("2 rows: 1 ok, 1 failed; ") && summary.contains(" images/s, "), "{summary}");
+    assert!(summary.starts_with("2 rows: 1 ok, 1 failed; ") && summary.contains(" captioned images/s, "), "{summary}");
+    // A failed row is no image that was captioned.
+    let out = folder.path().join("out");
+    run(&[broken, image, "--out", out.to_str().unwrap()]);
+    let summary = read_json(&out.join("summary.json"));
+    let [rate, seconds] = ["images_per_second", "run_seconds"].map(|field| summary[field].as_f64().unwrap());
+    assert!((rate * seconds - 1.0).abs() < 1e-6, "{summary}");
     // A tar that ends before its first image: nothing was done, at no rate.
     let cut = folder.path().join("cut.tar");
     write_tar(&cut, &[("a.jpg".to_owned(), std::fs::read(image).unwrap())]);
