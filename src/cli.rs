@@ -11,7 +11,7 @@ use recaption_export::{Precision, Target};
 
 use crate::live;
 use crate::model::TemplateChoice;
-use crate::model::prompt::DEFAULT_PROMPT;
+use crate::model::prompt::{DEFAULT_PROMPT, DEFAULT_PROMPT_TOKENS};
 use crate::pipeline::engine::Injection;
 use crate::pipeline::source::Part;
 use crate::pipeline::write::Format;
@@ -168,18 +168,18 @@ pub struct ExportArgs {
     /// fp32 is for CPUs; CUDA has attention in fp16 only. Example: --precision int4 --activations fp16
     #[arg(long, value_enum, value_name = "PRECISION")]
     pub activations: Option<ActivationsArg>,
-    /// How 4-bit weights are rounded
+    /// How 4-bit weights are rounded [default: search]
     ///
-    /// Example: --rounding nearest
-    #[arg(long, value_enum, default_value_t = RoundingArg::Search)]
-    pub rounding: RoundingArg,
-    /// What fp8, int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file
+    /// Example: --precision int4 --rounding nearest
+    #[arg(long, value_enum)]
+    pub rounding: Option<RoundingArg>,
+    /// What fp8, int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file [default: captions]
     ///
     /// The decoder is run over the first 512 tokens, one layer at a time, and channels with a wide range are evened out in the
     /// weights (SmoothQuant). int4 learns nothing from random ids. fp8 takes the largest values as the end of its range, and
     /// cannot do without. Example: --precision int8 --calibration my-captions.txt
-    #[arg(long, value_name = "captions|random|none|FILE", default_value = "captions")]
-    pub calibration: String,
+    #[arg(long, value_name = "captions|random|none|FILE")]
+    pub calibration: Option<String>,
     /// Keep int8 weights within 7 bits, for x86 processors without VNNI
     ///
     /// Their 16-bit sums of 8-bit products would overflow. Costs a little quality. Example: --precision int8 --reduce-range
@@ -427,11 +427,11 @@ pub struct CaptioningArgs {
     /// of it on the CPU. Example: --provider cuda
     #[arg(long, value_enum, default_value_t = ProviderArg::Auto)]
     pub provider: ProviderArg,
-    /// GPU index, with --provider cuda or tensorrt; several make one engine each
+    /// GPU index, with --provider cuda or tensorrt; several make one engine each [default: 0]
     ///
     /// Example: --device 0,1
-    #[arg(long, value_name = "N[,N…]", value_delimiter = ',', default_value = "0")]
-    pub device: Vec<i32>,
+    #[arg(long, value_name = "N[,N…]", value_delimiter = ',', allow_negative_numbers = true, value_parser = parse_device)]
+    pub device: Option<Vec<i32>>,
     /// What the model is asked
     ///
     /// The default is the prompt of the Recap-DataComp-1B paper. Example: --prompt "Describe the image in one sentence."
@@ -482,7 +482,7 @@ pub struct CaptioningArgs {
     /// Caption only the first N images
     ///
     /// Example: --limit 1000
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_limit)]
     pub limit: Option<usize>,
     /// Column of .parquet inputs that holds the images [default: the one of bytes, or the one named image, jpg, …]
     ///
@@ -500,28 +500,26 @@ pub struct CaptioningArgs {
     /// Example: --storage-timeout 20
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub storage_timeout: u64,
-    /// What the inputs may cost.
-    #[command(flatten)]
-    pub limits: LimitArgs,
     /// Show no progress and no summary on standard error
     ///
     /// Example: --quiet
     #[arg(long, short)]
     pub quiet: bool,
-    /// Share of a GPU's free memory that may be used
+    /// Share of a GPU's free memory that may be used [default: 0.9]
     ///
     /// The rest is for what cannot be planned. With --provider cuda or tensorrt. Example: --gpu-memory-utilization 0.8
-    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = parse_share)]
-    pub gpu_memory_utilization: f64,
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    pub gpu_memory_utilization: Option<f64>,
     /// Run decode steps one kernel at a time, not as CUDA graphs
     ///
-    /// Graphs take memory and some seconds at the start, and make small steps faster. Example: --no-cuda-graphs
+    /// Graphs take memory and some seconds at the start, and make small steps faster. With --provider cuda or tensorrt.
+    /// Example: --no-cuda-graphs
     #[arg(long)]
     pub no_cuda_graphs: bool,
     /// Folder where TensorRT keeps the engines it has built
     ///
     /// Default: beside the bundle, BUNDLE_DIR.tensorrt. Engines are good for one model, GPU and pair of ONNX Runtime and
-    /// TensorRT: each gets a folder in it. Example: --engine-cache /var/cache/engines
+    /// TensorRT: each gets a folder in it. With --provider tensorrt. Example: --engine-cache /var/cache/engines
     #[arg(long, value_name = "DIR")]
     pub engine_cache: Option<PathBuf>,
     /// Pad batches as on a GPU, to test it on a CPU
@@ -533,6 +531,10 @@ pub struct CaptioningArgs {
     /// Panic in STAGE:N, at its item N, to test that a run ends well
     #[arg(long, hide = true, value_name = "STAGE[:N]", value_parser = parse_injection)]
     pub inject_panic: Option<(Stage, usize)>,
+    /// What the inputs may cost.
+    // Last: its heading holds for all flags that follow.
+    #[command(flatten)]
+    pub limits: LimitArgs,
 }
 
 /// `recaption inspect`.
@@ -553,8 +555,8 @@ pub struct InspectArgs {
     pub verify: bool,
     /// Tokens of text around the image, for memory and arithmetic
     ///
-    /// The default is about what the paper's prompt and its frame take. Example: --prompt-tokens 100
-    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    /// The default is what the paper's prompt and its frame take. Example: --prompt-tokens 100
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PROMPT_TOKENS, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub prompt_tokens: u32,
     /// New tokens of a caption, for arithmetic
     ///
@@ -598,7 +600,7 @@ pub struct PlanArgs {
     pub memory: Option<f64>,
     /// This machine's processor: measures what it can do, some seconds long
     ///
-    /// As `recaption profile` does. Example: --measure
+    /// As `recaption profile` does. For fp32 and integers: a CPU multiplies no shorter floats. Example: --measure
     #[arg(long)]
     pub measure: bool,
     /// Scale from this run: a profile.json of `recaption profile`, or the folder that it is in
@@ -622,19 +624,19 @@ pub struct PlanArgs {
     /// Example: --price-per-hour 2.5
     #[arg(long, value_name = "PRICE", requires = "images", value_parser = parse_positive)]
     pub price_per_hour: Option<f64>,
-    /// Precision that a checkpoint would be exported with [default: fp16]
+    /// Precision that a checkpoint would be exported with [default: fp16, or int8 with --measure]
     ///
     /// Not with a bundle, which has its own. Example: --precision fp8
     #[arg(long, value_enum, requires = "model")]
     pub precision: Option<PrecisionArg>,
-    /// Target that a checkpoint would be exported for [default: ort, or tensorrt for fp8]
+    /// Target that a checkpoint would be exported for [default: ort, tensorrt for fp8, or cpu for int8 with --measure]
     ///
     /// Not with a bundle, which has its own. Example: --target tensorrt
     #[arg(long, value_enum, requires = "model")]
     pub target: Option<TargetArg>,
-    /// Tokens of text around the image [default: 40, or the profile's]
+    /// Tokens of text around the image [default: 60, or the profile's]
     ///
-    /// The paper's prompt and its frame take about 40. Example: --prompt-tokens 100
+    /// The paper's prompt and its frame take 60. Example: --prompt-tokens 100
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub prompt_tokens: Option<u32>,
     /// Mean new tokens of a caption, its stop token among them [default: 64, or the profile's]
@@ -737,6 +739,20 @@ impl From<ProviderArg> for ProviderChoice {
             ProviderArg::Tensorrt => Self::TensorRt,
         }
     }
+}
+
+fn parse_device(text: &str) -> Result<i32, String> {
+    let index = text.trim().parse::<i32>().ok().filter(|index| *index >= 0);
+    index.ok_or_else(|| {
+        format!("expected GPU numbers such as `0` or `0,1`, got `{text}`\nhint: `recaption doctor` lists the GPUs that are there")
+    })
+}
+
+fn parse_limit(text: &str) -> Result<usize, String> {
+    let limit = text.parse::<usize>().ok().filter(|limit| *limit > 0);
+    limit.ok_or_else(|| {
+        format!("expected a number of images from 1 on, got `{text}`\nhint: leave --limit out to caption all of them")
+    })
 }
 
 fn parse_share(text: &str) -> Result<f64, String> {

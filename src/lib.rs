@@ -1,7 +1,8 @@
 //! Exports vision-language captioners to ONNX and re-captions web images by the billion.
 //!
-//! [`export`] turns a LLaVA checkpoint into a bundle of ONNX graphs; [`pipeline::load_model`] and [`pipeline::LoadedRun::run`] turn images into rows with captions. `pipeline/` reads in the order of the data: source, load, preprocess, vision,
-//! generate, write.
+//! [`export`] turns a LLaVA checkpoint into a bundle of ONNX graphs; [`pipeline::load_model`] and
+//! [`pipeline::LoadedRun::run`] turn images into rows with captions. `pipeline/` reads in the order of the data:
+//! source, load, preprocess, vision, generate, write.
 
 pub mod analysis;
 pub mod cli;

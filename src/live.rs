@@ -1,7 +1,8 @@
 //! A run as Prometheus sees it: `run --metrics ADDR`. docs/metrics.md lists the metrics.
 //!
-//! What happens per row and per shard is counted where it happens, through the `metrics` facade, which does nothing where
-//! nobody listens. What happens per batch comes from the recorder, as its [`Observer`], which a run without metrics does not have.
+//! What happens per row and per shard is counted where it happens, through the `metrics` facade, which does nothing
+//! where nobody listens. What happens per batch comes from the recorder, as its [`Observer`], which a run without
+//! metrics does not have.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;

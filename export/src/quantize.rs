@@ -1,5 +1,5 @@
-//! How weights are stored: floats of any width, fp8 or int8 with scales, or small integers in blocks. Takes blocks of f32 rows, gives the
-//! bytes of the tensors that the operators take.
+//! How weights are stored: floats of any width, fp8 or int8 with scales, or small integers in blocks. Takes blocks of
+//! f32 rows, gives the bytes of the tensors that the operators take.
 
 use std::borrow::Cow;
 use std::thread;

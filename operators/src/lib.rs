@@ -1,7 +1,8 @@
 //! The operators of target cpu: what the graphs of domain `recaption` compute, by the kernels of `recaption-kernels`.
 //!
-//! As a shared library it gives the operators to other programs that run ONNX Runtime (see [`library`]). Each session has the domain of its own, since an operator has to know how many threads ONNX Runtime gives it. Kernels
-//! write into the outputs alone; the KV cache, past and present bound to one buffer, is such an output.
+//! As a shared library it gives the operators to other programs that run ONNX Runtime (see [`library`]). Each session
+//! has the domain of its own, since an operator has to know how many threads ONNX Runtime gives it. Kernels write into
+//! the outputs alone; the KV cache, past and present bound to one buffer, is such an output.
 
 mod attention;
 mod greedy_ids;

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use recaption_export::Target;
 
-use crate::cli::CaptioningArgs;
+use crate::cli::{CaptioningArgs, ProviderArg};
 use crate::commands::inspect::numbers::counted;
 use crate::commands::provider;
-use crate::console::print_line;
+use crate::console::{print_line, print_warning};
 use crate::error::{Error, Result};
 use crate::model::memory_plan::{DeviceMemory, MemoryPlan, ModelSizes, Wanted};
 use crate::model::sequence::StopRule;
@@ -26,21 +26,24 @@ use crate::storage::{self, Policy};
 const MAX_CPU_ENGINES: usize = 16;
 /// Share of the free memory that a run on the CPU plans for: other programs want some, and page caches.
 const CPU_UTILIZATION: f64 = 0.5;
-/// What is to be captioned, with what, and where the rows go.
-pub(super) struct Request<'a> {
-    pub(super) inputs: &'a [String],
-    pub(super) model: &'a Path,
-    pub(super) captioning: &'a CaptioningArgs,
-    pub(super) sink: Sink,
-    pub(super) with_token_ids: bool,
+/// Share of a GPU's, where nobody says.
+const GPU_UTILIZATION: f64 = 0.9;
+
+/// What is to be captioned, and with what: checked as far as that goes without a provider.
+pub(super) struct Checked<'a> {
+    args: &'a CaptioningArgs,
+    inputs: Vec<Input>,
+    pub(super) bundle: Bundle,
+    pub(super) prompt: Prompt,
+    stop_rule: StopRule,
 }
 
-/// Checks everything that can be checked before the first image.
+/// Checks everything that can be checked before a provider is looked for.
 ///
 /// # Errors
-/// When bundle, provider, prompt or an input cannot be as asked.
-pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
-    let Request { inputs, model, captioning: args, sink, with_token_ids } = request;
+/// When bundle, prompt or an input cannot be as asked, or a flag would be ignored.
+pub(super) fn check<'a>(inputs: &[String], model: &Path, args: &'a CaptioningArgs) -> Result<Checked<'a>> {
+    refuse_gpu_flags_on_cpu(args)?;
     if let Some((stage, count)) = args.inject_panic {
         crate::stage::inject_panic(stage, count);
     }
@@ -60,38 +63,79 @@ pub(super) fn prepare(request: Request<'_>) -> Result<RunOptions> {
         ignore_eos: args.ignore_eos,
     };
     check_prompt(&bundle, &prompt, &stop_rule)?;
-    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let num_threads = args.threads.map_or(num_cores, usize::from);
-    let cpu_engines = match (args.engines, bundle.manifest.header.target) {
-        (Some(count), _) => count.into(),
-        // Their kernels lose nothing on one thread, and nobody waits for anybody.
-        (None, Target::Cpu) => num_threads.min(MAX_CPU_ENGINES),
-        (None, Target::Ort | Target::TensorRt) => 1,
-    };
-    let choice = provider::choose(args.provider.into(), &args.device, cpu_engines, &bundle.manifest)?;
-    if !args.quiet {
-        print_line(&choice.line());
+    Ok(Checked { args, inputs, bundle, prompt, stop_rule })
+}
+
+impl Checked<'_> {
+    /// Chooses the provider and plans the engines' memory: all that is left before the first image.
+    ///
+    /// # Errors
+    /// When the provider does not work here, does not go with the bundle, or the model does not fit.
+    pub(super) fn options(self, sink: Sink, with_token_ids: bool) -> Result<RunOptions> {
+        let Self { args, inputs, bundle, prompt, stop_rule } = self;
+        let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let num_threads = args.threads.map_or(num_cores, usize::from);
+        let cpu_engines = match (args.engines, bundle.manifest.header.target) {
+            (Some(count), _) => count.into(),
+            // Their kernels lose nothing on one thread, and nobody waits for anybody.
+            (None, Target::Cpu) => num_threads.min(MAX_CPU_ENGINES),
+            (None, Target::Ort | Target::TensorRt) => 1,
+        };
+        let gpus = args.device.as_deref().unwrap_or(&[0]);
+        let choice = provider::choose(args.provider.into(), gpus, cpu_engines, &bundle.manifest)?;
+        if !args.quiet {
+            print_line(&choice.line());
+        }
+        let ignored = gpu_flags(args);
+        if !ignored.is_empty() && choice.devices.iter().all(|&device| device == Device::Cpu) {
+            print_warning(&format!("without effect on the CPU: {}", ignored.join(", ")));
+        }
+        let engines = engine_options(args, &bundle, &prompt, &stop_rule, (&choice.devices, num_threads))?;
+        Ok(RunOptions {
+            bundle,
+            inputs,
+            sink,
+            prompt,
+            engines,
+            num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
+            load_limits: args.limits.load(),
+            source_limits: args.limits.source(),
+            image_column: args.image_column.clone(),
+            limit: args.limit,
+            with_token_ids,
+            quiet: args.quiet,
+            injection: args.inject_failure,
+            max_failures: None,
+            part: None,
+            interrupt: super::interrupt_flag(),
+            recorder: None,
+        })
     }
-    let engines = engine_options(args, &bundle, &prompt, &stop_rule, (&choice.devices, num_threads))?;
-    Ok(RunOptions {
-        bundle,
-        inputs,
-        sink,
-        prompt,
-        engines,
-        num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),
-        load_limits: args.limits.load(),
-        source_limits: args.limits.source(),
-        image_column: args.image_column.clone(),
-        limit: args.limit,
-        with_token_ids,
-        quiet: args.quiet,
-        injection: args.inject_failure,
-        max_failures: None,
-        part: None,
-        interrupt: super::interrupt_flag(),
-        recorder: None,
-    })
+}
+
+/// The flags among `args` that only engines on a GPU look at.
+fn gpu_flags(args: &CaptioningArgs) -> Vec<&'static str> {
+    let flags = [
+        ("--device", args.device.is_some()),
+        ("--gpu-memory-utilization", args.gpu_memory_utilization.is_some()),
+        ("--no-cuda-graphs", args.no_cuda_graphs),
+        ("--engine-cache", args.engine_cache.is_some()),
+    ];
+    flags.into_iter().filter_map(|(flag, is_given)| is_given.then_some(flag)).collect()
+}
+
+/// With `--provider auto` they are a wish for where there is a GPU, and get a warning elsewhere.
+///
+/// # Errors
+/// [`Error::Setting`] when the CPU is asked for by name, and one of them as well.
+fn refuse_gpu_flags_on_cpu(args: &CaptioningArgs) -> Result<()> {
+    match (args.provider, gpu_flags(args).first()) {
+        (ProviderArg::Cpu, Some(flag)) => Err(Error::Setting {
+            reason: format!("{flag} is not supported: with --provider cpu"),
+            hint: "leave it out: it is for GPUs, with --provider cuda or tensorrt".to_owned(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn check_prompt(bundle: &Bundle, prompt: &Prompt, stop_rule: &StopRule) -> Result<()> {
@@ -176,7 +220,7 @@ fn engine_options(
 fn device_memory(args: &CaptioningArgs, bundle: &Bundle, device: Device, num_engines: usize) -> Result<DeviceMemory> {
     let is_two = matches!(decoder_device(device, &bundle.manifest), Device::TensorRt(_));
     let (free_bytes, utilization) = match device.gpu_index() {
-        Some(index) => (runtime::free_gpu_memory(index)?, args.gpu_memory_utilization),
+        Some(index) => (runtime::free_gpu_memory(index)?, args.gpu_memory_utilization.unwrap_or(GPU_UTILIZATION)),
         None => (host::available_memory().unwrap_or(u64::MAX), CPU_UTILIZATION),
     };
     let is_gpu = device != Device::Cpu;

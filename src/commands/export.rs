@@ -14,6 +14,7 @@ use crate::model::Tokenizer;
 const CAPTIONS: &str = include_str!("calibration.txt");
 
 pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
+    refuse_ignored(args)?;
     let options = ExportOptions {
         precision: args.precision.into(),
         vision_precision: args.vision_precision.map(Precision::from),
@@ -22,8 +23,9 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
             ActivationsArg::Fp16 => Precision::Fp16,
         }),
         rounding: match args.rounding {
-            RoundingArg::Nearest => Rounding::Nearest,
-            RoundingArg::Search => Rounding::Search,
+            Some(RoundingArg::Nearest) => Rounding::Nearest,
+            Some(RoundingArg::Search) => Rounding::Search,
+            None => Rounding::default(),
         },
         calibration: calibration(args)?,
         reduce_range: args.reduce_range,
@@ -65,21 +67,46 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Success)
 }
 
+/// Whether the decoder's precision learns from a calibration.
+fn learns(args: &ExportArgs) -> bool {
+    use PrecisionArg::{Fp8, Int4, Int8, Int8Block};
+    matches!(args.precision, Fp8 | Int8 | Int8Block | Int4)
+}
+
+/// # Errors
+/// [`Error::Setting`] when a flag is given that the precision has no use for.
+fn refuse_ignored(args: &ExportArgs) -> Result<(), Error> {
+    use PrecisionArg::{Int4, Int8Block};
+    // Of blocks of 8 bits it decides whether they are calibrated.
+    let rounds = matches!(args.precision, Int4 | Int8Block) || matches!(args.vision_precision, Some(Int4));
+    // To learn from nothing is what the others do.
+    let is_calibrated = args.calibration.as_deref().is_some_and(|calibration| calibration != "none");
+    let (flag, hint) = match (args.rounding, is_calibrated) {
+        (Some(_), _) if !rounds => ("--rounding", "leave it out: it is for int4"),
+        (_, true) if !learns(args) => ("--calibration", "leave it out: it is for fp8, int8, int8-block and int4"),
+        _ => return Ok(()),
+    };
+    let precision = Precision::from(args.precision).name();
+    Err(Error::Setting {
+        reason: format!("{flag} is not supported: with --precision {precision}"),
+        hint: hint.to_owned(),
+    })
+}
+
 /// The calibration asked for; a text is read and tokenised only where the precision learns from it.
 fn calibration(args: &ExportArgs) -> Result<Calibration, Error> {
-    use PrecisionArg::{Fp8, Int4, Int8, Int8Block};
-    let learns = matches!(args.precision, Fp8 | Int8 | Int8Block | Int4);
-    let text = match args.calibration.as_str() {
-        "none" => return Ok(Calibration::None),
-        "random" if learns => return Ok(Calibration::Random),
-        "random" | "captions" => CAPTIONS.to_owned(),
-        path => std::fs::read_to_string(path).map_err(|error| Error::Setting {
+    let text = match args.calibration.as_deref() {
+        _ if !learns(args) => return Ok(Calibration::None),
+        Some("none") => return Ok(Calibration::None),
+        Some("random") => return Ok(Calibration::Random),
+        None | Some("captions") => CAPTIONS.to_owned(),
+        Some(path) => std::fs::read_to_string(path).map_err(|error| Error::Setting {
             reason: format!("--calibration `{path}`: {error}"),
             hint: "use captions, random, none, or the path of a text file".to_owned(),
         })?,
     };
     // A CLIP in one file learns nothing from text: its export looks for the tokenizer itself.
-    if args.checkpoint.is_file() || !learns {
+    if args.checkpoint.is_file() {
         return Ok(Calibration::None);
     }
     let tokenizer = tokenizer_path(&args.checkpoint, args.tokenizer.as_deref())?;

@@ -11,6 +11,7 @@ use crate::cli::PlanArgs;
 use crate::commands::Outcome;
 use crate::commands::profile::PROFILE_FILE;
 use crate::error::{Error, Result};
+use crate::model::prompt::DEFAULT_PROMPT_TOKENS;
 use crate::plan::assumptions::{self, Range};
 use crate::plan::device::Device;
 use crate::plan::model::{Form, Model};
@@ -18,7 +19,6 @@ use crate::plan::{Basis, Question, profiled};
 use crate::profile::{Profile, peaks};
 use crate::runtime::{self, host};
 
-const DEFAULT_PROMPT_TOKENS: u32 = 40;
 const DEFAULT_NEW_TOKENS: f64 = 64.0;
 const DEFAULT_MAX_NEW_TOKENS: u32 = 128;
 /// How far a plan from a profile may be off, as a share of the speed: for the same model and machine
@@ -128,7 +128,11 @@ fn scaled(args: &PlanArgs, path: &Path) -> Result<Question> {
 }
 
 /// This machine's processor, measured.
+///
+/// # Errors
+/// [`Error::Setting`] for a model that it does not multiply as it is.
 fn this_machine(model: &Model) -> Result<Device> {
+    refuse_gpu_floats(model)?;
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let peaks =
         peaks::measure_for(runtime::Device::Cpu, [model.precision, model.vision_precision], model.target, num_threads)?;
@@ -143,6 +147,24 @@ fn this_machine(model: &Model) -> Result<Device> {
         source: format!("measured now, {num_threads} threads"),
         is_gpu: false,
     })
+}
+
+/// A CPU's provider multiplies no short floats: it turns fp16 and fp8 into fp32 and back, at a cost that no peak tells, and bf16 it
+/// does not run.
+///
+/// # Errors
+/// [`Error::Setting`] for models of any of them.
+fn refuse_gpu_floats(model: &Model) -> Result<()> {
+    let is_short = |precision: &Precision| matches!(precision, Precision::Fp16 | Precision::Bf16 | Precision::Fp8);
+    match [model.precision, model.vision_precision].into_iter().find(is_short) {
+        Some(precision) => Err(Error::Setting {
+            reason: format!("--measure says nothing of {0} weights: on a CPU ONNX Runtime has no {0} arithmetic", precision.name()),
+            hint: "use --precision int8 --target cpu, the fastest there, or --precision fp32; for a bundle, which has its own, \
+                   name its checkpoint or a config.json instead"
+                .to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// What the user asks for, the default, and at least the mean.
@@ -168,15 +190,17 @@ fn refuse_form_of_bundle(args: &PlanArgs, model: &str) -> Result<()> {
     })
 }
 
-/// How a checkpoint would be exported.
+/// How a checkpoint would be exported: where nobody says, as the README does it for the device.
 ///
 /// # Errors
 /// What export refuses.
 fn form(args: &PlanArgs) -> Result<Form> {
-    let precision = args.precision.map_or(Precision::Fp16, Precision::from);
+    let default = if args.measure { Precision::Int8 } else { Precision::Fp16 };
+    let precision = args.precision.map_or(default, Precision::from);
     let target = match (args.target, precision) {
         (Some(target), _) => target.into(),
         (None, Precision::Fp8) => Target::TensorRt,
+        (None, Precision::Int8) if args.measure => Target::Cpu,
         (None, _) => Target::Ort,
     };
     ExportOptions { precision, target, ..ExportOptions::default() }.check()?;

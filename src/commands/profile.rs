@@ -6,9 +6,12 @@ use std::collections::BTreeSet;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use recaption_export::MANIFEST_FILE;
+
 use crate::cli::ProfileArgs;
 use crate::commands::Outcome;
-use crate::commands::captioning::{self, Request};
+use crate::commands::captioning;
+use crate::commands::run::SETTINGS_FILE;
 use crate::console::{print_error, print_line, print_warning};
 use crate::error::{Error, Result};
 use crate::pipeline::engine::EngineOptions;
@@ -27,14 +30,10 @@ const REPORT_FILE: &str = "report.html";
 
 pub(super) fn execute(args: &ProfileArgs) -> anyhow::Result<Outcome> {
     let out = args.out.as_path();
+    refuse_others(out)?;
     recaption_export::check_folder(out).map_err(Error::from)?;
-    let mut options = captioning::prepare(Request {
-        inputs: &args.inputs,
-        model: &args.model,
-        captioning: &args.captioning,
-        sink: Sink::StandardOutput,
-        with_token_ids: false,
-    })?;
+    let mut options =
+        captioning::check(&args.inputs, &args.model, &args.captioning)?.options(Sink::StandardOutput, false)?;
     std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
     // The real sink, so that writing is measured as it is; the folder goes when this returns.
     let captions = tempfile::Builder::new().prefix(".captions-").tempdir_in(out).map_err(Error::io("create", out))?;
@@ -88,6 +87,19 @@ pub(super) fn execute(args: &ProfileArgs) -> anyhow::Result<Outcome> {
         print_line(&format!("profile in `{}`", out.display()));
     }
     Ok(outcome(&summary))
+}
+
+/// # Errors
+/// [`Error::Setting`] when the folder holds something whose files are better not mixed with a profile's.
+fn refuse_others(out: &Path) -> Result<()> {
+    let kinds = [(SETTINGS_FILE, "the captions of a run"), (MANIFEST_FILE, "a bundle")];
+    match kinds.into_iter().find(|(file, _)| out.join(file).is_file()) {
+        Some((file, what)) => Err(Error::Setting {
+            reason: format!("--out `{}` has a {file}: it holds {what}", out.display()),
+            hint: "name a folder of its own for the profile".to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// The GPUs that engines run on.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{LimitArgs, RunArgs};
 use crate::commands::Outcome;
-use crate::commands::captioning::{self, Request};
+use crate::commands::captioning;
 use crate::commands::inspect::numbers::counted;
 use crate::console::{print_error, print_line};
 use crate::error::{Error, Result};
@@ -21,6 +21,8 @@ use crate::profile::recorder::Recorder;
 use crate::runtime::load_library;
 use crate::storage::Location;
 
+/// The settings of a run, in its output folder.
+pub(super) const SETTINGS_FILE: &str = "run.json";
 const SUMMARY_FILE: &str = "summary.json";
 /// Reasons of failed rows that the last lines of a run show.
 const SHOWN_REASONS: usize = 3;
@@ -42,9 +44,6 @@ pub(super) fn execute(args: &RunArgs) -> anyhow::Result<Outcome> {
         Sink::Folder(options) => Some(&options.folder),
         Sink::StandardOutput => None,
     };
-    if let Some(folder) = out {
-        output::check(folder, &settings, overwrite)?;
-    }
     let run = crate::pipeline::load_model(options)?;
     // Not before the model works: a failed start leaves the earlier captions as they are.
     let _lock = match &sink {
@@ -100,20 +99,17 @@ fn prepare(args: &RunArgs, place: Option<Location>) -> Result<(RunOptions, Value
     if let Some(fault) = args.inject_io_error {
         fault::inject(fault);
     }
-    let mut options = captioning::prepare(Request {
-        inputs: &args.inputs,
-        model: &args.model,
-        captioning: &args.captioning,
-        sink: Sink::StandardOutput,
-        with_token_ids: args.with_token_ids,
-    })?;
-    let settings = settings(args, &options.bundle, &options.prompt)?;
-    if let Some(folder) = place {
-        options.sink = Sink::Folder(output::options(folder, args, &settings)?);
-    }
-    options.max_failures = args.max_failures;
-    options.part = args.part;
-    Ok((options, settings))
+    let checked = captioning::check(&args.inputs, &args.model, &args.captioning)?;
+    let settings = settings(args, &checked.bundle, &checked.prompt)?;
+    let sink = match place {
+        Some(folder) => {
+            output::check(&folder, &settings, args.overwrite)?;
+            Sink::Folder(output::options(folder, args, &settings)?)
+        }
+        None => Sink::StandardOutput,
+    };
+    let options = checked.options(sink, args.with_token_ids)?;
+    Ok((RunOptions { max_failures: args.max_failures, part: args.part, ..options }, settings))
 }
 
 /// Limits decide which images fail.
@@ -160,8 +156,8 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
         summary.run_seconds,
     )];
     // Of nothing there is no rate.
-    if counts.ok > 0 && summary.images_per_second > 0.0 {
-        lines[0] += &format!(", {:.2} images/s", summary.images_per_second);
+    if summary.images_per_second > 0.0 {
+        lines[0] += &format!(", {:.2} captioned images/s", summary.images_per_second);
     }
     if counts.ok > 0 {
         lines[0] += &format!(", {}", counted(counts.new_tokens, "new token"));

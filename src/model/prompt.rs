@@ -17,6 +17,10 @@ use crate::model::tokenizer::Tokenizer;
 pub const DEFAULT_PROMPT: &str =
     "Please generate a detailed caption of this image. Please be as descriptive as possible.";
 
+/// Tokens that it takes in the frame that LLaMA-3 checkpoints get where they place no image, `llava-pp-llama3`: what is planned
+/// for where nobody says.
+pub const DEFAULT_PROMPT_TOKENS: u32 = 60;
+
 const IMAGE: &str = "<image>";
 
 /// A built-in template: LLaMA-3's frame around an optional system text.

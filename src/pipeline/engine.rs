@@ -1,7 +1,8 @@
 //! An engine: vision, projector, prefill and decode on one thread, taking preprocessed images and giving rows.
 //!
-//! Slots are refilled as soon as they are free: all images that are ready are encoded and prefilled between two decode steps. Several
-//! engines may take from one channel; when one fails, its images go to the others. One that has to wait for images helps the others.
+//! Slots are refilled as soon as they are free: all images that are ready are encoded and prefilled between two decode
+//! steps. Several engines may take from one channel; when one fails, its images go to the others, and one that has to wait for
+//! images helps the others.
 
 mod failing;
 mod returns;

@@ -107,7 +107,7 @@ pub struct Summary {
     pub load_seconds: f64,
     /// Time from there to the last row.
     pub run_seconds: f64,
-    /// Rows of this run per second of `run_seconds`.
+    /// Images that this run captioned per second of `run_seconds`; failed rows are none.
     pub images_per_second: f64,
     /// Rows of earlier runs among them.
     #[serde(skip)]
@@ -206,7 +206,7 @@ impl LoadedRun {
             counts,
             load_seconds,
             run_seconds,
-            images_per_second: written.done.rows as f64 / run_seconds.max(1e-9),
+            images_per_second: written.done.ok as f64 / run_seconds.max(1e-9),
             num_earlier_rows,
             damaged_inputs: report.damaged.iter().map(describe_damage).collect(),
             failed_engines,

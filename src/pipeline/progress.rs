@@ -82,17 +82,18 @@ impl Progress {
     }
 
     /// `captioned 12400/50000 (3 failed), 41.2 img/s, decode 1830 tok/s, ETA 15m12s`, without rates as long as nothing is captioned.
+    /// Failed rows are no images that were captioned, but count for the time that is left.
     fn line(&self) -> String {
         let (ok, failed) = (self.ok.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed));
         let rows = ok + failed;
         let seconds = self.elapsed().as_secs_f64().max(1e-9);
-        let rate = rows as f64 / seconds;
+        let (rate, row_rate) = (ok as f64 / seconds, rows as f64 / seconds);
         let token_rate = self.tokens.load(Ordering::Relaxed) as f64 / seconds;
         let total = self.total();
         let of_total = if total > 0 { format!("/{total}") } else { String::new() };
         let eta = match total.checked_sub(rows) {
-            Some(left) if left > 0 && rate > 0.0 && !self.is_over.load(Ordering::Acquire) => {
-                format!(", ETA {}", short_duration(Duration::from_secs_f64(left as f64 / rate)))
+            Some(left) if left > 0 && rows > 0 && !self.is_over.load(Ordering::Acquire) => {
+                format!(", ETA {}", short_duration(Duration::from_secs_f64(left as f64 / row_rate)))
             }
             _ => String::new(),
         };
@@ -150,6 +151,15 @@ fn short_duration(duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn failed_rows_count_for_the_time_that_is_left_alone() {
+        let started = Instant::now().checked_sub(Duration::from_secs(100)).unwrap();
+        let progress = Progress { started, ..Progress::new() };
+        progress.set_total(2000);
+        (0..1000).for_each(|row| progress.add_row(row < 200));
+        assert_eq!(progress.line(), "captioned 200/2000 (800 failed), 2.0 img/s, decode 0 tok/s, ETA 1m40s");
+    }
 
     #[test]
     fn durations_show_two_units() {

@@ -345,16 +345,32 @@ fn or_failed_row(location: &Location, read: Result<Bytes>) -> Result<Result<Byte
     })
 }
 
-/// Refuses a Parquet input without images before anything is loaded: the first of `inputs` is looked at.
+/// Refuses inputs without images before anything is loaded: of Parquet files the first is looked at, and folders where there is
+/// nothing else. Beside other inputs an empty folder is told at the end.
 ///
 /// # Errors
-/// [`Error::Input`] with the reason.
+/// [`Error::Input`] with the reason, [`Error::Setting`] when there is a column for none of `inputs`.
 pub(crate) fn check(inputs: &[Input], image_column: Option<&str>) -> Result<()> {
     let first = inputs.iter().find_map(|input| match input {
         Input::Parquet(location) => Some(location),
         _ => None,
     });
-    first.map_or(Ok(()), |location| parquet::check(location, image_column))
+    if let Some(location) = first {
+        return parquet::check(location, image_column);
+    }
+    if let Some(column) = image_column
+        && !inputs.contains(&Input::StandardInput)
+    {
+        return Err(Error::Setting {
+            reason: format!("--image-column `{column}` is for Parquet files, and none of the inputs is one"),
+            hint: "leave it out, or name a .parquet file".to_owned(),
+        });
+    }
+    let is_empty = |input: &Input| matches!(input, Input::Folder(Location::Local(path)) if folder::is_empty(path));
+    match inputs {
+        [Input::Folder(first), ..] if inputs.iter().all(is_empty) => Err(folder::no_image(first)),
+        _ => Ok(()),
+    }
 }
 
 /// Name of a file or folder, for shards: as typed, so that a link keeps its own.

@@ -1,9 +1,10 @@
 //! From measured batches to the practice of a stage: how many times longer than ideal each part of its work takes.
 //!
-//! A stage's batches differ in size and in what their captions see, which tells the parts apart: a step over one caption is all
-//! weights, one over many is products and cache too. Where a run had batches of one kind only, they do not; then all parts are
-//! taken to be off by the same factor. In between both count: a least-squares fit of the relative error, with that common factor as
-//! a faint prior, and no part negative. Last, all factors are scaled so that the batches add up to the time they took.
+//! A stage's batches differ in size and in what their captions see, which tells the parts apart: a step over one
+//! caption is all weights, one over many is products and cache too. Where a run had batches of one kind only, they do
+//! not; then all parts are taken to be off by the same factor. In between both count: a least-squares fit of the
+//! relative error, with that common factor as a faint prior, and no part negative. Last, all factors are scaled so that
+//! the batches add up to the time they took.
 
 use crate::plan::roofline::{Ideal, Practice};
 

@@ -1,8 +1,8 @@
 //! How long captioning takes on machines that are not at hand: `recaption plan`.
 //!
-//! [`device`] is what a machine can do at most, [`model`] what a captioner needs, [`roofline`] puts the one over the other for a batch of each
-//! stage, [`assumptions`] and [`measured`] ([`profiled`]) say how much of that is reached, and [`schedule`] makes a run of batches. [`Plan`] is what
-//! comes of it.
+//! [`device`] is what a machine can do at most, [`model`] what a captioner needs, [`roofline`] puts the one over the
+//! other for a batch of each stage, [`assumptions`] and [`measured`] ([`profiled`]) say how much of that is reached,
+//! and [`schedule`] makes a run of batches. [`Plan`] is what comes of it.
 
 pub mod assumptions;
 pub mod device;

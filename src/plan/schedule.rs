@@ -1,6 +1,6 @@
-//! A run in miniature: engines that take images from one queue, a batch at a time, as `pipeline/engine.rs` does (all free slots are
-//! filled before a step), with given times for their batches. Gives the time of a run of any length, its first and last captions included, when
-//! slots are not full.
+//! A run in miniature: engines that take images from one queue, a batch at a time, as `pipeline/engine.rs` does (all
+//! free slots are filled before a step), with given times for their batches. Gives the time of a run of any length, its
+//! first and last captions included, when slots are not full.
 
 use crate::plan::roofline::{Costs, EnginePractice};
 

@@ -180,7 +180,7 @@ pub struct RunTotals {
     pub wall_seconds: f64,
     /// Processor time of the whole process in that time.
     pub cpu_seconds: Option<f64>,
-    /// `images / wall_seconds`
+    /// `ok / wall_seconds`
     pub images_per_second: f64,
     /// Tokens of the prompts of captions, image tokens included, whether shared or not.
     pub prompt_tokens: u64,

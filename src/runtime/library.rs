@@ -1,8 +1,8 @@
 //! Finds and loads the ONNX Runtime library, once per process.
 //!
-//! `ORT_DYLIB_PATH` goes first; then, where there is an NVIDIA driver, `.onnxruntime-gpu/` in a folder above the executable
-//! or in this checkout; then `.onnxruntime/` there; then beside the executable; then the system's loader. The version is read before `ort` touches the library, since a library older
-//! than the bindings can abort the process.
+//! `ORT_DYLIB_PATH` goes first; then, where there is an NVIDIA driver, `.onnxruntime-gpu/` in a folder above the
+//! executable or in this checkout; then `.onnxruntime/` there; then beside the executable; then the system's loader.
+//! The version is read before `ort` touches the library, since a library older than the bindings can abort the process.
 
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! How graphs run: with `recaption-operators` the only place that knows `ort`. Sessions, the buffers they read and write, and the bindings
-//! between the two. No threads, no model.
+//! How graphs run: with `recaption-operators` the only place that knows `ort`. Sessions, the buffers they read and
+//! write, and the bindings between the two. No threads, no model.
 
 pub(crate) mod block;
 pub(crate) mod buffer;

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{demo_bundle, demo_shard, printed_rows, recaption, root, stderr, write_tar};
+use crate::support::{demo_bundle, demo_shard, printed_rows, read_json, recaption, root, stderr, write_tar};
 
 /// A refusal is two lines: what is wrong, and what to do. Nothing comes before it and nothing is left behind.
 fn assert_refused(args: &[&str], error: &str, hint: &str) {
@@ -95,16 +95,133 @@ fn flags_that_would_be_ignored_are_refused() {
     let bundle = out.path().join("bundle");
     let export = ["export", checkpoint, "--out", bundle.to_str().unwrap()];
     let export = |flags: &[&'static str]| [&export[..], flags].concat();
-    for precision in ["fp32", "int8"] {
-        let args = export(&["--precision", precision, "--calibration", "nope"]);
-        assert_refused(&args, "--calibration `nope`: ", "captions, random, none, or the path of a text file");
+    let nowhere = export(&["--precision", "int8", "--calibration", "nope"]);
+    assert_refused(&nowhere, "--calibration `nope`: ", "captions, random, none, or the path of a text file");
+    for precision in ["fp32", "fp16", "bf16"] {
+        for (flag, value) in [("--rounding", "search"), ("--calibration", "captions"), ("--calibration", "nope")] {
+            let error = format!("{flag} is not supported: with --precision {precision}");
+            assert_refused(&export(&["--precision", precision, flag, value]), &error, "leave it out: it is for ");
+        }
     }
+    let int8 = export(&["--precision", "int8", "--rounding", "nearest"]);
+    assert_refused(&int8, "--rounding is not supported: with --precision int8", "leave it out: it is for int4");
+    // With a use for them, or where nothing is what is learned, it is the next flag that is refused.
+    let reduce = "--reduce-range is not supported";
+    let int4 = ["--precision", "int4", "--rounding", "nearest", "--calibration", "captions", "--reduce-range"];
+    assert_refused(&export(&int4), reduce, "leave it out");
+    assert_refused(&export(&["--calibration", "none", "--reduce-range"]), reduce, "leave it out");
     assert_refused(&export(&["--target", "cpu"]), "--precision fp32 is not supported", "add --precision int8");
     let reduced = export(&["--precision", "int4", "--reduce-range"]);
     assert_refused(&reduced, "--reduce-range is not supported: with --precision int4", "leave it out");
     let vision = export(&["--target", "cpu", "--precision", "int8", "--vision-precision", "fp16"]);
     assert_refused(&vision, "--vision-precision fp16 is not supported", "leave it out");
     assert!(!bundle.exists());
+}
+
+#[test]
+fn numbers_that_mean_nothing_are_refused_in_words() {
+    let (limit, device) = ("expected a number of images from 1 on", "expected GPU numbers such as `0` or `0,1`");
+    for (flag, value, got, expected, hint) in [
+        ("--limit", "0", "0", limit, "leave --limit out to caption all of them"),
+        ("--limit", "few", "few", limit, "leave --limit out"),
+        ("--device", "x", "x", device, "`recaption doctor` lists the GPUs"),
+        ("--device", "0,,1", "", device, "`recaption doctor` lists"),
+        ("--device", "-1", "-1", device, "`recaption doctor` lists"),
+    ] {
+        for command in [&["run"][..], &["profile", "--out", "profile"]] {
+            let output = recaption(&[command, &["photos", "--model", "bundle", flag, value]].concat());
+            let message = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{message}");
+            let lines: Vec<&str> = message.lines().collect();
+            assert!(lines[0].starts_with("error: ") && lines[0].contains(flag), "{message}");
+            assert!(lines[0].ends_with(&format!("{expected}, got `{got}`")), "{message}");
+            assert!(lines[1].starts_with("hint: ") && lines[1].contains(hint), "{message}");
+        }
+    }
+}
+
+#[test]
+fn flags_for_gpus_are_refused_on_the_cpu_and_told_of_where_it_is_taken() {
+    let (bundle, image, out) = (demo_bundle(), root("tests/data/images/42/a.png"), tempfile::tempdir().unwrap());
+    let (bundle, image) = (bundle.to_str().unwrap(), image.to_str().unwrap());
+    let profile = out.path().join("profile");
+    let fixed = [image, "--model", bundle, "--provider"];
+    let flags = [
+        &["--device", "1"][..],
+        &["--gpu-memory-utilization", "0.9"],
+        &["--no-cuda-graphs"],
+        &["--engine-cache", "engines"],
+    ];
+    for flags in flags {
+        let error = format!("{} is not supported: with --provider cpu", flags[0]);
+        for command in [&["run"][..], &["profile", "--out", profile.to_str().unwrap()]] {
+            let args = [command, &fixed, &["cpu"], flags].concat();
+            assert_refused(&args, &error, "leave it out: it is for GPUs");
+        }
+    }
+    assert!(!profile.exists());
+    if has_driver() {
+        return;
+    }
+    // The same command is for machines with a GPU and without.
+    let args = [&["run"][..], &fixed, &["auto", "--device", "0", "--no-cuda-graphs", "--max-new-tokens", "1"]].concat();
+    let output = recaption(&args);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let told = stderr(&output).lines().nth(1).map(str::to_owned);
+    assert_eq!(told.as_deref(), Some("warning: without effect on the CPU: --device, --no-cuda-graphs"));
+}
+
+#[test]
+fn a_column_of_images_is_refused_where_no_input_has_columns() {
+    let (bundle, shard, images) = (demo_bundle(), demo_shard(), root("tests/data/images/42"));
+    let image = images.join("a.png");
+    let [bundle, shard, images, image] = [&bundle, &shard, &images, &image].map(|path| path.to_str().unwrap());
+    let flags = ["--model", bundle, "--image-column", "photo"];
+    for inputs in [&[shard][..], &[images], &[image, shard]] {
+        let error = "--image-column `photo` is for Parquet files, and none of the inputs is one";
+        assert_refused(&[&["run"], inputs, &flags].concat(), error, "leave it out");
+    }
+    let listed = recaption(&[&["run", "-"], &flags[..]].concat());
+    assert_eq!(listed.status.code(), Some(0), "{}", stderr(&listed));
+}
+
+#[test]
+fn folders_without_images_are_refused_before_a_model_is_loaded() {
+    let (bundle, image, folder) = (demo_bundle(), root("tests/data/images/42/a.png"), tempfile::tempdir().unwrap());
+    let (bundle, image) = (bundle.to_str().unwrap(), image.to_str().unwrap());
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::create_dir_all(path("empty/a/b")).unwrap();
+    std::fs::write(path("empty/a/notes.txt"), "no image").unwrap();
+    std::fs::create_dir(path("second")).unwrap();
+    let (empty, second, profile) = (path("empty"), path("second"), path("profile"));
+    let error = format!("input `{empty}`: no image in it");
+    assert_refused(&["run", &empty, &second, "--model", bundle], &error, "images end in .jpg");
+    assert_refused(&["profile", &empty, "--model", bundle, "--out", &profile], &error, "images end in .jpg");
+    // Others are captioned, and the empty one is told at the end.
+    let output = recaption(&["run", &empty, image, "--model", bundle, "--max-new-tokens", "1"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains(&error) && printed_rows(&output).len() == 1, "{}", stderr(&output));
+}
+
+#[test]
+fn an_output_of_something_else_is_refused_before_a_provider_is_looked_for() {
+    let (bundle, image, out) = (demo_bundle(), root("tests/data/images/42/a.png"), tempfile::tempdir().unwrap());
+    let (bundle, image) = (bundle.to_str().unwrap(), image.to_str().unwrap());
+    let flags = [image, "--model", bundle, "--out", out.path().to_str().unwrap()];
+    let run = |tokens: &'static str| [&["run"][..], &flags, &["--max-new-tokens", tokens]].concat();
+    assert_eq!(recaption(&run("2")).status.code(), Some(0));
+    let names = || {
+        let entries = std::fs::read_dir(out.path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect::<std::collections::BTreeSet<_>>()
+    };
+    let before = names();
+    assert_refused(&run("3"), "was written with other settings: max_new_tokens was 2, now 3", "--overwrite");
+    let own = "name a folder of its own for the profile";
+    let profile = [&["profile"][..], &flags].concat();
+    assert_refused(&profile, "has a run.json: it holds the captions of a run", own);
+    assert_eq!(names(), before);
+    let profile = ["profile", image, "--model", bundle, "--out", bundle];
+    assert_refused(&profile, "has a manifest.json: it holds a bundle", own);
 }
 
 #[test]
@@ -169,7 +286,13 @@ fn the_last_lines_say_what_became_of_how_many() {
     assert!(summary.starts_with("1 row: 0 ok, 1 failed; ") && summary.ends_with(" s to run"), "{summary}");
     let [progress, summary] = &run(&[broken, image])[..] else { panic!("two lines") };
     assert!(progress.starts_with("captioned 1 (1 failed), "), "{progress}");
-    assert!(summary.starts_with("2 rows: 1 ok, 1 failed; ") && summary.contains(" images/s, "), "{summary}");
+    assert!(summary.starts_with("2 rows: 1 ok, 1 failed; ") && summary.contains(" captioned images/s, "), "{summary}");
+    // A failed row is no image that was captioned.
+    let out = folder.path().join("out");
+    run(&[broken, image, "--out", out.to_str().unwrap()]);
+    let summary = read_json(&out.join("summary.json"));
+    let [rate, seconds] = ["images_per_second", "run_seconds"].map(|field| summary[field].as_f64().unwrap());
+    assert!((rate * seconds - 1.0).abs() < 1e-6, "{summary}");
     // A tar that ends before its first image: nothing was done, at no rate.
     let cut = folder.path().join("cut.tar");
     write_tar(&cut, &[("a.jpg".to_owned(), std::fs::read(image).unwrap())]);
@@ -200,9 +323,13 @@ fn a_line_of_standard_input_that_names_no_file_says_so_in_its_row() {
     assert!(message.contains("failed: 1 × source: there is no file `…`"), "{message}");
 }
 
+fn has_driver() -> bool {
+    ["/dev/nvidiactl", "/dev/dxg"].iter().any(|device| std::path::Path::new(device).exists())
+}
+
 #[test]
 fn without_a_driver_the_first_line_says_that_and_nothing_of_cuda() {
-    if std::path::Path::new("/dev/nvidiactl").exists() || std::path::Path::new("/dev/dxg").exists() {
+    if has_driver() {
         return;
     }
     let (bundle, shard) = (demo_bundle(), demo_shard());

@@ -82,10 +82,10 @@ fn json_has_the_manifests_and_the_demos_numbers() {
     assert_eq!(decoder["ops"]["com.microsoft.GroupQueryAttention"], 4);
     assert_eq!(decoder["opsets"], json!({"ai.onnx": 23, "com.microsoft": 1}));
 
-    // Four layers of two heads of 32 floats, keys and values; 64 image tokens, 40 of prompt, 128 new.
+    // Four layers of two heads of 32 floats, keys and values; 64 image tokens, 60 of prompt, 128 new.
     let cache = json!({
         "dtype": "f32", "num_kv_heads": 2, "head_dim": 32, "num_copies": 1, "bytes_per_token": 2 * 4 * 2 * 32 * 4,
-        "caption_tokens": 232, "new_tokens": 128, "bytes_per_caption": 232 * 2048,
+        "caption_tokens": 252, "new_tokens": 128, "bytes_per_caption": 252 * 2048,
     });
     assert_eq!(report["kv_cache"], cache);
     // 64 patches, 65 tokens, width 192, MLP 768, 5 layers.
@@ -95,7 +95,7 @@ fn json_has_the_manifests_and_the_demos_numbers() {
     assert_eq!(flops["projector"], 2 * 64 * 192 * 192 * 2);
     let stages = ["vision", "projector", "prefill", "decode"].map(|stage| flops[stage].as_u64().unwrap());
     assert_eq!(flops["total"], stages.iter().sum::<u64>());
-    assert_eq!((&flops["prompt_tokens"], &flops["new_tokens"]), (&40.into(), &64.into()));
+    assert_eq!((&flops["prompt_tokens"], &flops["new_tokens"]), (&60.into(), &64.into()));
 }
 
 #[test]

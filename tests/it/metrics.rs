@@ -1,4 +1,5 @@
-//! `run --metrics`: scraped while a run goes on, read by Prometheus' own Python parser, compared with what the run says of itself.
+//! `run --metrics`: scraped while a run goes on, read by Prometheus' own Python parser, compared with what the run says
+//! of itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};

@@ -36,11 +36,11 @@ const README: [&str; 10] = [
 #[test]
 fn the_readmes_billion_images_add_up() {
     let plan = plan_json(&README);
-    // export/src/flops.rs computes these by hand: 576 image and 40 prompt tokens, 64 new ones.
+    // export/src/flops.rs computes these by hand: 576 image and 60 prompt tokens, 64 new ones.
     let flops = &plan["image"]["flops"];
-    let stages = [366_033_858_560_u64, 24_159_191_040, 8_461_895_073_792, 966_990_495_744];
+    let stages = [366_033_858_560_u64, 24_159_191_040, 8_739_919_757_312, 967_651_098_624];
     assert_eq!(["vision", "projector", "prefill", "decode"].map(|stage| flops[stage].as_u64().unwrap()), stages);
-    assert_eq!(flops["total"], 9_819_078_619_136_u64);
+    assert_eq!(flops["total"], 10_097_763_905_536_u64);
 
     let split = &plan["steady"]["split"];
     let shares = ["vision", "projector", "prefill", "decode", "idle"].map(|stage| number(&split[stage]));
@@ -49,21 +49,21 @@ fn the_readmes_billion_images_add_up() {
     let [slow, likely, fast] = ["low", "likely", "high"].map(|name| number(&steady[name]));
     assert!(slow < likely && likely < fast, "{steady}");
     // No captioner is faster than the arithmetic at the datasheet's rate.
-    assert!(fast < 989.4e12 / 9_819_078_619_136.0);
-    assert!((number(&plan["steady"]["utilisation"]) / (likely * 9_819_078_619_136.0 / 989.4e12) - 1.0).abs() < 1e-6);
+    assert!(fast < 989.4e12 / 10_097_763_905_536.0);
+    assert!((number(&plan["steady"]["utilisation"]) / (likely * 10_097_763_905_536.0 / 989.4e12) - 1.0).abs() < 1e-6);
 
     // The likely captioner by hand: prefill at half the peak, vision at 40 % of it, and steps that read 15 GB of weights and
-    // 256 caches of 616 to 679 tokens of 131,072 bytes at 65 % of the bandwidth.
+    // 256 caches of 636 to 699 tokens of 131,072 bytes at 65 % of the bandwidth.
     let vision = (stages[0] + stages[1]) as f64 / (0.40 * 989.4e12) + 3e-4 / 16.0;
     let prefill = stages[2] as f64 / (0.50 * 989.4e12) + 3e-4 / 16.0;
     let weights = 2.0 * (32.0 * 218_103_808.0 + 128_256.0 * 4096.0);
-    let cache = 256.0 * (616.0 + 32.0) * 131_072.0;
+    let cache = 256.0 * (636.0 + 32.0) * 131_072.0;
     let step = (weights + cache) / (0.65 * 3.35e12) + 3e-4;
     let expected = 1.0 / (vision + prefill + 63.0 * step / 256.0);
     assert!((likely / expected - 1.0).abs() < 0.01, "{likely} images/s, by hand {expected}");
     assert!((number(&plan["steady"]["step_seconds"]) / step - 1.0).abs() < 0.01);
     assert_eq!(plan["memory"]["num_slots"], 256);
-    assert_eq!(plan["memory"]["bytes_per_slot"], (576 + 40 + 128) * 131_072);
+    assert_eq!(plan["memory"]["bytes_per_slot"], (576 + 60 + 128) * 131_072);
 
     let job = &plan["job"];
     for (name, rate) in [("low", slow), ("likely", likely), ("high", fast)] {
@@ -226,6 +226,23 @@ fn this_machine_can_be_measured() {
     assert!(number(&plan["device"]["fp32_flops"]) > 1e9 && number(&plan["device"]["bytes_per_second"]) > 1e8);
     assert_eq!(plan["device"]["is_gpu"], false);
     assert!(number(&plan["job"]["hours"]["low"]) > number(&plan["job"]["hours"]["high"]));
+}
+
+/// A CPU's own way is int8 for its own operators; what it would turn into fp32 first has no peak to plan with.
+#[test]
+fn this_machine_is_measured_for_what_it_multiplies() {
+    let model = ["--model", "llava-llama-3-8b", "--measure"];
+    for precision in ["fp16", "bf16", "fp8"] {
+        let output = plan(&[&model[..], &["--precision", precision]].concat());
+        assert_eq!(output.status.code(), Some(2), "{precision}");
+        let message = stderr(&output);
+        assert!(message.contains(&format!("--measure says nothing of {precision} weights")), "{message}");
+        assert!(message.contains("hint: use --precision int8 --target cpu"), "{message}");
+        assert!(output.stdout.is_empty());
+    }
+    let plan = plan_json(&["--model", root("models/demo").to_str().unwrap(), "--measure"]);
+    assert_eq!((&plan["model"]["precision"], &plan["model"]["target"]), (&json!("int8"), &json!("cpu")));
+    assert_eq!(plan["decoder_arithmetic"], "int8");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! (`scripts/golden/make_text.py`).
 
 use recaption::export::PromptSettings;
-use recaption::model::prompt::Preset;
+use recaption::model::prompt::{DEFAULT_PROMPT, DEFAULT_PROMPT_TOKENS, Preset};
 use recaption::model::{Prompt, TemplateChoice, Tokenizer};
 use serde_json::Value;
 
@@ -43,6 +43,17 @@ fn presets_give_the_ids_of_transformers_with_one_bos() {
     }
     let presets_covered = |preset: &Preset| goldens.iter().any(|golden| golden["template"] == preset.name());
     assert!(Preset::ALL.iter().all(presets_covered));
+}
+
+/// What `plan` and `inspect` count where nobody says is what a run over a LLaMA-3 checkpoint reads.
+#[test]
+fn the_default_prompt_takes_as_many_tokens_as_are_planned_for() {
+    let goldens = read_json(&root("tests/data/text/llama3.json"));
+    let is_default =
+        |golden: &&Value| golden["template"] == Preset::LlavaPpLlama3.name() && golden["prompt"] == DEFAULT_PROMPT;
+    let golden = goldens["templates"].as_array().unwrap().iter().find(is_default).unwrap();
+    let num_tokens = integers(&golden["before_ids"]).len() + integers(&golden["after_ids"]).len();
+    assert_eq!(num_tokens, DEFAULT_PROMPT_TOKENS as usize);
 }
 
 #[test]

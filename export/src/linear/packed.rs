@@ -1,8 +1,9 @@
 //! Linear layers as `recaption.QuantizedLinear`: what comes before a product (a norm, quantisation) and after it (bias,
 //! activation, residual) is in the one operator, so that rows of f32 are all that goes from layer to layer.
 //!
-//! Inputs: `x` f32 (or the samples of pictures, u8) `[rows, k]`, the packed weights' three tensors, then, where there are such, the
-//! norm's weight and bias, the layer's bias and the residual `[rows, columns]`. Output: f32 `[rows, columns]`.
+//! Inputs: `x` f32 (or the samples of pictures, u8) `[rows, k]`, the packed weights' three tensors, then, where there
+//! are such, the norm's weight and bias, the layer's bias and the residual `[rows, columns]`. Output: f32
+//! `[rows, columns]`.
 
 use recaption_kernels::{PackSpec, ZERO_POINT};
 

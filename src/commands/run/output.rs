@@ -9,14 +9,13 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::cli::{FormatArg, RunArgs};
-use crate::commands::run::SUMMARY_FILE;
+use crate::commands::run::{SETTINGS_FILE, SUMMARY_FILE};
 use crate::error::{Error, Result};
 use crate::pipeline::write::claim::OutputLock;
 use crate::pipeline::write::output::is_output_name;
 use crate::pipeline::write::{Format, OutputOptions, create_folder, write_new};
 use crate::storage::Location;
 
-const SETTINGS_FILE: &str = "run.json";
 const LOCK_FILE: &str = "run.lock";
 const MAX_SETTINGS_BYTES: u64 = 16 << 20;
 

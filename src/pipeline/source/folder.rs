@@ -2,6 +2,8 @@
 //! or one page of a listing, is in memory at a time. Links to folders are not followed, so that a loop cannot hold the run.
 
 use std::ffi::OsString;
+use std::fs::DirEntry;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -22,13 +24,33 @@ pub(super) fn run(folder: &Location, emitter: &mut Emitter<'_>) -> Result<Option
     };
     shards.end(emitter)?;
     if is_empty && !emitter.is_done() {
-        damage.get_or_insert(Error::Input {
-            input: folder.to_string(),
-            reason: "no image in it".to_owned(),
-            hint: "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp",
-        });
+        damage.get_or_insert(no_image(folder));
     }
     Ok(damage)
+}
+
+pub(super) fn no_image(folder: &Location) -> Error {
+    Error::Input {
+        input: folder.to_string(),
+        reason: "no image in it".to_owned(),
+        hint: "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp",
+    }
+}
+
+/// Whether there is no image below `folder`, on this machine, all of which can be read. Looks no further than the first image.
+pub(super) fn is_empty(folder: &Path) -> bool {
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = std::fs::read_dir(folder) else { return false };
+        for entry in entries {
+            match entry.and_then(|entry| Ok((kind(&entry)?, entry.path()))) {
+                Ok((Some(Kind::Folder), path)) => folders.push(path),
+                Ok((None, _)) => {}
+                Ok((Some(Kind::Image), _)) | Err(_) => return false,
+            }
+        }
+    }
+    true
 }
 
 /// Returns whether there was no image, and the first directory's error.
@@ -93,7 +115,26 @@ struct Walk {
 
 struct Entry {
     name: OsString,
-    is_folder: bool,
+    kind: Kind,
+}
+
+/// What an entry of a directory is, of the kinds that matter.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Folder,
+    Image,
+}
+
+/// Links to folders and all other files are none.
+fn kind(entry: &DirEntry) -> io::Result<Option<Kind>> {
+    let kind = entry.file_type()?;
+    if kind.is_dir() {
+        return Ok(Some(Kind::Folder));
+    }
+    let has_name =
+        Path::new(&entry.file_name()).extension().is_some_and(|end| is_image_extension(&end.to_string_lossy()));
+    let is_file = || kind.is_file() || (kind.is_symlink() && entry.path().is_file());
+    Ok((has_name && is_file()).then_some(Kind::Image))
 }
 
 impl Walk {
@@ -110,7 +151,7 @@ impl Walk {
                 continue;
             };
             let path = folder.join(&entry.name);
-            if entry.is_folder {
+            if entry.kind == Kind::Folder {
                 self.enter(path)?;
             } else {
                 return Ok(Some(path));
@@ -126,12 +167,8 @@ fn sorted_entries(folder: &Path) -> Result<std::vec::IntoIter<Entry>> {
     let mut entries = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let entry = entry.map_err(Error::io("read", folder))?;
-        let kind = entry.file_type().map_err(Error::io("read", folder))?;
-        let name = entry.file_name();
-        let is_image = Path::new(&name).extension().is_some_and(|end| is_image_extension(&end.to_string_lossy()))
-            && (kind.is_file() || (kind.is_symlink() && entry.path().is_file()));
-        if kind.is_dir() || is_image {
-            entries.push(Entry { name, is_folder: kind.is_dir() });
+        if let Some(kind) = kind(&entry).map_err(Error::io("read", folder))? {
+            entries.push(Entry { name: entry.file_name(), kind });
         }
     }
     entries.sort_unstable_by(|a, b| order(a).cmp(order(b)));
@@ -139,5 +176,5 @@ fn sorted_entries(folder: &Path) -> Result<std::vec::IntoIter<Entry>> {
 }
 
 fn order(entry: &Entry) -> impl Iterator<Item = u8> {
-    entry.name.as_encoded_bytes().iter().copied().chain(entry.is_folder.then_some(b'/'))
+    entry.name.as_encoded_bytes().iter().copied().chain((entry.kind == Kind::Folder).then_some(b'/'))
 }
