@@ -85,7 +85,8 @@ pub struct ExportOptions {
     pub rounding: Rounding,
     /// What fp8, int8 and int4 export learn the activations' range from.
     pub calibration: Calibration,
-    /// Keep int8 weights within 7 bits, for x86 processors without VNNI.
+    /// Keep int8 weights within what x86 processors without VNNI sum in 16 bits: 7 bits, or for target cpu, where it is only
+    /// faster there, sums of neighbours.
     pub reduce_range: bool,
     /// Operators to build the graphs from.
     pub target: Target,

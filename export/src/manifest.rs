@@ -42,7 +42,7 @@ pub struct BundleHeader {
     pub vision_precision: Precision,
     /// Type of the activations of what reads tokens, and of a decoder's KV cache. A CLIP's embeddings are f32 in any case.
     pub activations: DataType,
-    /// Whether int8 weights keep within 7 bits.
+    /// Whether int8 weights are those for x86 processors without VNNI.
     #[serde(default)]
     pub reduce_range: bool,
     /// Operators the graphs are made of.

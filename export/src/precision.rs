@@ -51,6 +51,8 @@ pub(crate) enum LinearFormat {
     Packed {
         /// Values that share a scale; 0 for whole rows.
         block: usize,
+        /// Whether the weights are [`PackSpec::bounded`](recaption_kernels::PackSpec::bounded).
+        bounded: bool,
     },
 }
 
@@ -106,16 +108,12 @@ impl GraphFormat {
             let flag = format!("{flag} {}", precision.name());
             return Err(Error::unsupported(&flag, format!("with --target {}", target.name()), hint));
         }
-        if target == Target::Cpu && reduce_range {
-            let hint = "leave it out: the sums of this project's CPU operators are exact on every processor";
-            return Err(Error::unsupported("--reduce-range", "with --target cpu", hint));
-        }
         let blocks = |bits, block_size| LinearFormat::Blocks(BlockFormat { bits, block_size, scale: float, rounding });
         let int8_block = blocks(8, INT8_BLOCK);
         let (linear, head, embedding) = match precision {
             Precision::Fp32 | Precision::Fp16 | Precision::Bf16 => (LinearFormat::Float, LinearFormat::Float, float),
             Precision::Int8 if target == Target::Cpu => {
-                let packed = LinearFormat::Packed { block: PACKED_BLOCK };
+                let packed = LinearFormat::Packed { block: PACKED_BLOCK, bounded: reduce_range };
                 (packed, packed, DataType::F16)
             }
             Precision::Fp8 => (LinearFormat::Float8, LinearFormat::Float, float),
@@ -142,7 +140,9 @@ impl GraphFormat {
         match format.linear {
             LinearFormat::Float => Ok(Self { target: Target::TensorRt, ..format }),
             // Its activations have few outliers: one scale for a row does.
-            LinearFormat::Packed { .. } => Ok(Self { linear: LinearFormat::Packed { block: 0 }, ..format }),
+            LinearFormat::Packed { bounded, .. } => {
+                Ok(Self { linear: LinearFormat::Packed { block: 0, bounded }, ..format })
+            }
             _ => Ok(format),
         }
     }

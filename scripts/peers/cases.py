@@ -20,10 +20,11 @@ BUNDLES = {
     "int8-block": "--precision int8-block",
     "int4": "--precision int4",
     "int8-cpu": "--precision int8 --target cpu",
+    "int8-cpu-reduced": "--precision int8 --target cpu --reduce-range",
 }
 DEFAULTS = {
     "tiny": [
-        "recaption:bundle=int8,slots=2",
+        "recaption:bundle=int8-cpu,slots=2",
         "recaption:bundle=fp32,slots=2",
         "openvino:precision=int8,batch=2",
         "openvino:precision=fp32,batch=2",
@@ -31,7 +32,7 @@ DEFAULTS = {
         "transformers:precision=fp32,batch=2",
     ],
     "small": [
-        "recaption:bundle=int8,slots=16/32/64,vision-batch=4/8,engines=1/2",
+        "recaption:bundle=int8-cpu,slots=16/32,vision-batch=1/4,engines=1/2",
         "recaption:bundle=fp32,slots=16/32/64,vision-batch=4,engines=1/2",
         "openvino:precision=int8,batch=16/32/64,instances=1,scheduler=split/whole",
         "openvino:precision=int8,batch=16/32,instances=2",
@@ -40,7 +41,7 @@ DEFAULTS = {
         "transformers:precision=fp32,batch=16/32",
     ],
     "1b": [
-        "recaption:bundle=int8,slots=4/8,vision-batch=1/4,engines=1/2",
+        "recaption:bundle=int8-cpu,slots=4/8,vision-batch=1/4,engines=1/2",
         "openvino:precision=int8,batch=4/8",
         "vllm:precision=bf16,batch=8",
         "transformers:precision=bf16,batch=8",

@@ -85,6 +85,12 @@ impl Checked<'_> {
         let choice = provider::choose(args.provider.into(), gpus, cpu_engines, &bundle.manifest)?;
         if !args.quiet {
             print_line(&choice.line());
+            if choice.devices.iter().any(|&device| provider::is_for_others(device, &bundle.manifest)) {
+                let reduced = "--precision int8 --target cpu --reduce-range";
+                print_line(&format!(
+                    "hint: this processor has no VNNI: it captions faster with an export by {reduced}"
+                ));
+            }
         }
         let ignored = gpu_flags(args);
         if !ignored.is_empty() && choice.devices.iter().all(|&device| device == Device::Cpu) {

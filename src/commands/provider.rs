@@ -180,6 +180,15 @@ pub(super) fn check_cpu(device: Device, manifest: &Manifest) -> Result<()> {
     })
 }
 
+/// Whether the operators of target cpu would be faster here with the bundle's weights reduced.
+pub(super) fn is_for_others(device: Device, manifest: &Manifest) -> bool {
+    let header = &manifest.header;
+    device == Device::Cpu
+        && header.target == Target::Cpu
+        && !header.reduce_range
+        && !host::sums_8_bit_products_exactly()
+}
+
 #[cfg(test)]
 mod tests {
     use recaption_export::{BundleManifest, ExportOptions, Target, export};

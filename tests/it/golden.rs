@@ -1,6 +1,7 @@
 //! The committed checkpoints with what transformers makes of them; `scripts/golden/make_checkpoints.py` makes both.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use recaption::export::ExportOptions;
 use recaption::model::prompt::Preset;
@@ -12,7 +13,7 @@ use recaption::pipeline::preprocess::{PixelFormat, PixelValues, Preprocessor};
 use recaption::runtime::Device;
 use serde_json::Value;
 
-use crate::support::{bundle, checkpoints, export_options, printed_rows, read_json, recaption, root, stderr};
+use crate::support::{bundle, checkpoints, export_options, printed_rows, read_json, root, stderr};
 
 /// One checkpoint and its goldens.
 pub(crate) struct Golden {
@@ -70,6 +71,11 @@ impl Golden {
 
     /// As [`Self::run`], with a bundle made otherwise.
     pub(crate) fn run_bundle(&self, bundle: &Path, extra: &[&str]) -> Vec<Value> {
+        self.run_bundle_at(None, bundle, extra)
+    }
+
+    /// With `level` as `RECAPTION_CPU`.
+    pub(crate) fn run_bundle_at(&self, level: Option<&str>, bundle: &Path, extra: &[&str]) -> Vec<Value> {
         let (bundle, paths) = (bundle.display().to_string(), self.image_paths());
         let mut args = vec!["run"];
         args.extend(paths.iter().map(String::as_str));
@@ -79,7 +85,9 @@ impl Golden {
             args.extend(["--template", template.name()]);
         }
         args.extend(extra);
-        let output = recaption(&args);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_recaption"));
+        level.map(|level| command.env("RECAPTION_CPU", level));
+        let output = command.args(&args).output().unwrap();
         let rows = printed_rows(&output);
         assert_eq!(rows.len(), self.images().len(), "{}: {}", self.name, stderr(&output));
         rows

@@ -69,6 +69,8 @@ fn captions_of_target_cpu_do_not_depend_on_company_threads_or_instruction_set() 
         &["--slots", "8", "--vision-batch", "3"][..],
         &["--slots", "32", "--vision-batch", "32", "--engines", "1", "--threads", "3"],
         &["--slots", "5", "--engines", "2"],
+        // Those that have nothing to do help the others, which then cut their work for more threads.
+        &["--slots", "1", "--engines", "6", "--threads", "6"],
     ] {
         assert_eq!(cpu_ids(&bundle, settings, None), alone, "{settings:?}");
     }

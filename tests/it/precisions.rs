@@ -211,6 +211,29 @@ fn captions_of_target_cpu_are_the_same_in_any_company() {
     assert!(ours * 10 > stock * 8, "{ours}, {stock} with ONNX Runtime's operators");
 }
 
+/// Weights for processors without VNNI are others, and as much the same on all of them.
+#[test]
+fn captions_of_reduced_weights_are_the_same_on_every_processor() {
+    let golden = &Golden::all()[0];
+    let reduced = ExportOptions { reduce_range: true, ..options(Precision::Int8, Target::Cpu) };
+    let (_folder, bundle) = exported(golden, &reduced);
+    let manifest = Bundle::open(&bundle).unwrap().manifest;
+    assert!(manifest.header.reduce_range);
+    let (_other_folder, full) = exported(golden, &options(Precision::Int8, Target::Cpu));
+    let sha256 = |manifest: &Manifest| {
+        let file = manifest.header.files.iter().find(|file| file.name == "decoder.onnx.data").unwrap();
+        file.sha256.clone()
+    };
+    assert_ne!(sha256(&manifest), sha256(&Bundle::open(&full).unwrap().manifest));
+    let best = golden.run_bundle(&bundle, &["--ignore-eos"]);
+    for level in ["portable", "avx2", "avxvnni"] {
+        let rows = golden.run_bundle_at(Some(level), &bundle, &["--ignore-eos"]);
+        for (row, best) in rows.iter().zip(&best) {
+            assert_eq!(row["token_ids"], best["token_ids"], "{level}");
+        }
+    }
+}
+
 /// ONNX Runtime's CPU provider rounds as TensorRT does, and multiplies in floats.
 #[test]
 fn fp8_bundles_caption_on_a_cpu_and_are_refused_on_cuda() {
@@ -249,14 +272,10 @@ fn what_does_not_go_together_is_refused_by_name() {
     let checkpoint = root("tests/data/checkpoints/published-f16");
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("bundle");
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 9] = [
         (&["--precision", "int8", "--target", "tensorrt"], "--precision int8 is not supported: with --target tensorrt"),
         (&["--precision", "int4", "--target", "tensorrt"], "--precision int4 is not supported: with --target tensorrt"),
         (&["--precision", "fp16", "--target", "cpu"], "--precision fp16 is not supported: with --target cpu"),
-        (
-            &["--precision", "int8", "--target", "cpu", "--reduce-range"],
-            "--reduce-range is not supported: with --target cpu",
-        ),
         (&["--precision", "fp8"], "--precision fp8 is not supported: with --target ort"),
         (
             &["--precision", "fp8", "--target", "tensorrt", "--calibration", "none"],

@@ -66,7 +66,8 @@ impl<'c> Linear<'c> {
 
     /// The samples of pictures, u8 around `zero_point`, by this layer.
     pub(crate) fn build_of_samples(self, graph: &mut GraphBuilder<'c>, x: &Value, zero_point: u8) -> Value {
-        self.node(graph, (LinearFormat::Packed { block: 0 }, zero_point), x, "identity", &Around::default())
+        let format = graph.format().linear;
+        self.node(graph, (format, zero_point), x, "identity", &Around::default())
     }
 
     /// `activation(gate) * up`, both of one input.
@@ -98,10 +99,12 @@ impl<'c> Linear<'c> {
         around: &Around<'_>,
     ) -> Value {
         let Self { name, weight, bias } = self;
-        let LinearFormat::Packed { block } = format else { unreachable!("bug: a packed layer of another format") };
+        let LinearFormat::Packed { block, bounded } = format else {
+            unreachable!("bug: a packed layer of another format")
+        };
         let gated = activation == "swiglu";
         let columns = if gated { weight.num_rows() / 2 } else { weight.num_rows() };
-        let spec = PackSpec { columns, k: weight.row_size(), block, gated, bounded: true };
+        let spec = PackSpec { columns, k: weight.row_size(), block, gated, bounded };
         let weight = if gated { weight.in_gated_panels() } else { weight.in_panels() };
         let weight_name = format!("{}.weight", name.trim_start_matches('/'));
         let weights = graph.packed_weight(&weight_name, weight, PackedFormat { spec, zero_point });

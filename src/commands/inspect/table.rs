@@ -32,7 +32,7 @@ fn header(report: &Report) -> String {
         true => header.precision.name().to_owned(),
         false => format!("{}, vision {}", header.precision.name(), header.vision_precision.name()),
     };
-    let reduced = if header.reduce_range { ", int8 weights within 7 bits" } else { "" };
+    let reduced = if header.reduce_range { ", int8 weights for processors without VNNI" } else { "" };
     let fingerprint: String = header.fingerprint.chars().take(SHORT_FINGERPRINT).collect();
     let mut rows = vec![
         ("kind", format!("{}, format {}, written by {}", header.kind.name(), header.format_version, header.producer)),
