@@ -97,7 +97,7 @@ impl Quantized {
     }
 
     /// `[ceil(k / block), rows]`, or `[rows]`.
-    pub(crate) fn scales(&self) -> &[f32] {
+    pub fn scales(&self) -> &[f32] {
         &self.scales[..self.rows * self.scales_per_row()]
     }
 

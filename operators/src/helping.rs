@@ -281,7 +281,7 @@ mod tests {
     fn a_panic_in_any_task_is_the_callers_and_helpers_go_on() {
         with_helpers(2, || {
             for panicking in 0..8 {
-                let borrowed = vec![7_usize; 8];
+                let borrowed = Box::new([7_usize; 8]);
                 let outcome = catch_unwind(AssertUnwindSafe(|| {
                     for_each(8, &|index| {
                         yield_now();

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use recaption::export::{Calibration, DataType, ExportOptions, Precision, Rounding, Target, export};
+use recaption::export::{Calibration, DataType, ExportOptions, Manifest, Precision, Rounding, Target, export};
 use recaption::model::Bundle;
 use recaption::pipeline::preprocess::PixelValues;
 use safetensors::tensor::TensorView;
@@ -221,7 +221,7 @@ fn captions_of_reduced_weights_are_the_same_on_every_processor() {
     assert!(manifest.header.reduce_range);
     let (_other_folder, full) = exported(golden, &options(Precision::Int8, Target::Cpu));
     let sha256 = |manifest: &Manifest| {
-        let file = manifest.header.files.iter().find(|file| file.name == "decoder.onnx.data").unwrap();
+        let file = manifest.header.files.iter().find(|file| file.path == "decoder.onnx.data").unwrap();
         file.sha256.clone()
     };
     assert_ne!(sha256(&manifest), sha256(&Bundle::open(&full).unwrap().manifest));

@@ -25,7 +25,7 @@ const ROWS_IN_REGISTERS: usize = 6;
 pub(crate) fn block_rows(rows: usize) -> usize {
     match rows {
         ..=ROWS => ROWS,
-        ..48 => 8,
+        13..48 => 8,
         _ => ROWS_IN_REGISTERS,
     }
 }
