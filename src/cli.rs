@@ -173,7 +173,7 @@ pub struct ExportArgs {
     /// Example: --precision int4 --rounding nearest
     #[arg(long, value_enum)]
     pub rounding: Option<RoundingArg>,
-    /// What fp8, int8 and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file [default: captions]
+    /// What fp8, int8, int8-block and int4 learn the range of activations from: `captions` (built in), `random` ids, `none`, or a text file [default: captions]
     ///
     /// The decoder is run over the first 512 tokens, one layer at a time, and channels with a wide range are evened out in the
     /// weights (SmoothQuant). int4 learns nothing from random ids. fp8 takes the largest values as the end of its range, and
@@ -456,7 +456,8 @@ pub struct CaptioningArgs {
     pub ignore_eos: bool,
     /// Captions in flight per engine
     ///
-    /// Default: as many as fit into the memory, up to 16 on a CPU (32 with --target cpu) and 256 on a GPU, for each engine; the first lines of a run show the sum.
+    /// Default: as many as fit into the memory, up to 16 on a CPU (32 with --target cpu) and 256 on a GPU, for each engine; the first lines of a run
+    /// show what that takes of the memory.
     /// Example: --slots 32
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub slots: Option<u16>,

@@ -191,8 +191,9 @@ fn engine_options(
         )?;
         if !args.quiet {
             let MemoryPlan { num_slots, vision_batch, .. } = plan;
+            let engines = if num_engines > 1 { format!("{num_engines} engines, each: ") } else { String::new() };
             print_line(&format!(
-                "{device}: {} in flight, {} at once; memory: {plan}",
+                "{device}: {engines}{} in flight, {} at once; memory: {plan}",
                 counted(num_slots as u64, "caption"),
                 counted(vision_batch as u64, "image"),
             ));

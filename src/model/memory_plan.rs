@@ -203,9 +203,10 @@ impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { num_slots, vision_batch, .. } = self;
         let images = if *vision_batch == 1 { "image" } else { "images" };
+        let slots = if *num_slots == 1 { "slot" } else { "slots" };
         write!(
             f,
-            "weights {} + {num_slots} slots x {} + workspace of {vision_batch} {images} {} = {} of {}",
+            "weights {} + {num_slots} {slots} x {} + workspace of {vision_batch} {images} {} = {} of {}",
             Bytes(self.weight_bytes),
             Bytes(self.bytes_per_slot),
             Bytes(self.workspace_bytes),

@@ -102,12 +102,15 @@ impl<'a> Costs<'a> {
         let rate = |precision: Precision| {
             let arithmetic = Arithmetic::of(precision, device.is_gpu);
             arithmetic.rate(device).ok_or_else(|| Error::Setting {
-                reason: format!(
-                    "{} has no {} arithmetic for {} weights",
-                    device.kind,
-                    arithmetic.name(),
-                    precision.name()
-                ),
+                reason: match (device.is_gpu, precision) {
+                    (true, Precision::Int8) => format!("int8 bundles run on processors alone, not on {}", device.kind),
+                    _ => format!(
+                        "{} has no {} arithmetic for {} weights",
+                        device.kind,
+                        arithmetic.name(),
+                        precision.name()
+                    ),
+                },
                 hint: match device.is_gpu {
                     true => "use --precision fp16, int8-block or int4; for a bundle, which has its own, name its checkpoint or a \
                              config.json instead"
