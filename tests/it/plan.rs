@@ -255,7 +255,7 @@ fn what_cannot_be_planned_is_refused_with_a_hint() {
         (&["--model", "llava-llama-3-8b", "--device-kind", "a100-80", "--precision", "fp8"], "no fp8 arithmetic"),
         (
             &["--model", "llava-llama-3-8b", "--device-kind", "l4", "--precision", "int8", "--target", "cpu"],
-            "no int8 arithmetic",
+            "int8 bundles run on processors alone, not on l4",
         ),
         (
             &["--model", "llava-llama-3-8b", "--device-kind", "l4", "--precision", "fp8", "--target", "ort"],
