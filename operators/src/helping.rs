@@ -263,9 +263,9 @@ mod tests {
             take_helped_ns();
             let this = std::thread::current().id();
             let was_helped = AtomicBool::new(false);
-            // The helper may come late.
+            // The helper may come late, and find nothing left.
             while !was_helped.load(Ordering::Acquire) {
-                assert_eq!(take_helped_ns(), 0);
+                take_helped_ns();
                 for_each(2, &|_| {
                     std::thread::sleep(Duration::from_millis(2));
                     was_helped.fetch_or(std::thread::current().id() != this, Ordering::AcqRel);
