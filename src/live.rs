@@ -76,7 +76,8 @@ pub(crate) struct Facts {
 /// The metrics of the stages.
 pub(crate) struct Live {
     stage_seconds: [Histogram; Stage::ALL.len()],
-    queue_depth: [Gauge; Stage::ALL.len()],
+    /// Of stages that have a queue.
+    queue_depth: [Option<Gauge>; Stage::ALL.len()],
     engines: Vec<EngineGauges>,
     ttft: Histogram,
     tpot: Histogram,
@@ -151,6 +152,14 @@ async fn tick() {
     }
 }
 
+/// Whether the stage takes its images from a queue: those of prefill and decode an engine has already.
+fn has_queue(stage: Stage) -> bool {
+    match stage {
+        Stage::Load | Stage::Preprocess | Stage::Vision | Stage::Write => true,
+        Stage::Source | Stage::Prefill | Stage::Decode => false,
+    }
+}
+
 impl Live {
     /// Shows what is known before the first image, and everything that will be counted as 0.
     pub(crate) fn new(facts: Facts) -> Arc<Self> {
@@ -169,9 +178,12 @@ impl Live {
         for state in ["claimed", "written", "skipped"] {
             counter!(SHARDS, "state" => state).absolute(0);
         }
-        for stage in [Stage::Load, Stage::Preprocess, Stage::Vision, Stage::Write] {
-            gauge!(QUEUE_CAPACITY, "queue" => stage.name()).set(0.0);
-        }
+        let queue_depth = Stage::ALL.map(|stage| {
+            has_queue(stage).then(|| {
+                gauge!(QUEUE_CAPACITY, "queue" => stage.name()).set(0.0);
+                gauge!(QUEUE_DEPTH, "queue" => stage.name())
+            })
+        });
         gauge!(ENGINES_ALIVE).set(facts.engines.len() as f64);
         let engine = |(i, (num_slots, max_length)): (usize, (usize, usize))| {
             let name = i.to_string();
@@ -188,7 +200,7 @@ impl Live {
         };
         let live = Arc::new(Self {
             stage_seconds: Stage::ALL.map(|stage| histogram!(STAGE_SECONDS, "stage" => stage.name())),
-            queue_depth: Stage::ALL.map(|stage| gauge!(QUEUE_DEPTH, "queue" => stage.name())),
+            queue_depth,
             engines: facts.engines.into_iter().enumerate().map(engine).collect(),
             ttft: histogram!(TTFT),
             tpot: histogram!(TPOT),
@@ -220,12 +232,8 @@ impl Observer for Live {
     fn span(&self, span: &Span) {
         let stage = span.stage;
         self.stage_seconds[stage as usize].record(span.service_ns() as f64 / 1e9);
-        match stage {
-            // Prefill and decode have no queue: an engine has taken the images.
-            Stage::Load | Stage::Preprocess | Stage::Vision | Stage::Write => {
-                self.queue_depth[stage as usize].set(f64::from(span.queue_depth));
-            }
-            Stage::Source | Stage::Prefill | Stage::Decode => {}
+        if let Some(depth) = &self.queue_depth[stage as usize] {
+            depth.set(f64::from(span.queue_depth));
         }
         let Some(engine) = self.engine() else { return };
         match stage {

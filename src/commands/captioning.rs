@@ -92,6 +92,12 @@ impl Checked<'_> {
                 ));
             }
         }
+        if num_threads > num_cores && choice.devices.contains(&Device::Cpu) {
+            print_warning(&format!(
+                "--threads {num_threads} on {}: they take turns, which is slower than one each",
+                counted(num_cores as u64, "core")
+            ));
+        }
         let ignored = gpu_flags(args);
         if !ignored.is_empty() && choice.devices.iter().all(|&device| device == Device::Cpu) {
             print_warning(&format!("without effect on the CPU: {}", ignored.join(", ")));

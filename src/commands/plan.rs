@@ -64,7 +64,7 @@ fn question(args: &PlanArgs) -> Result<Question> {
         num_images: args.images,
         price_per_hour: args.price_per_hour,
         preprocessing: assumptions::PREPROCESSING.range,
-        num_cores: args.cores,
+        num_cores: args.cores.or(args.measure.then_some(num_cores as f64)),
         seconds_per_caption: 0.0,
         seconds_per_run: 0.0,
         model,

@@ -11,7 +11,7 @@ use crate::cli::{LimitArgs, RunArgs};
 use crate::commands::Outcome;
 use crate::commands::captioning;
 use crate::commands::inspect::numbers::counted;
-use crate::console::{print_error, print_line};
+use crate::console::{print_error, print_line, print_warning};
 use crate::error::{Error, Result};
 use crate::live::{self, Facts, Live};
 use crate::model::{Bundle, Prompt};
@@ -104,6 +104,9 @@ fn prepare(args: &RunArgs, place: Option<Location>) -> Result<(RunOptions, Value
     let sink = match place {
         Some(folder) => {
             output::check(&folder, &settings, args.overwrite)?;
+            if args.retry_failed && !output::has_run(&folder)? {
+                print_warning(&format!("--retry-failed: `{folder}` has no run whose rows failed; all images are captioned"));
+            }
             Sink::Folder(output::options(folder, args, &settings)?)
         }
         None => Sink::StandardOutput,
@@ -183,6 +186,11 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
         0 => {}
         1 => lines.push("1 of the rows is of an earlier run, and was not done again".to_owned()),
         count => lines.push(format!("{count} of the rows are of earlier runs, and were not done again")),
+    }
+    match summary.num_dropped {
+        0 => {}
+        1 => lines.push("1 more row, of a damaged input, was captioned and is not kept".to_owned()),
+        count => lines.push(format!("{count} more rows, of damaged inputs, were captioned and are not kept")),
     }
     if let Some(out) = out {
         lines.push(format!("captions in `{out}`"));

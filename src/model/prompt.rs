@@ -120,6 +120,12 @@ impl Prompt {
         settings: &PromptSettings,
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
+        if text.trim().is_empty() {
+            return Err(Error::Setting {
+                reason: "the prompt is empty: the model would not be told what to write".to_owned(),
+                hint: "leave --prompt out for the paper's prompt".to_owned(),
+            });
+        }
         if let Some(token) = [settings.image_token.as_str(), IMAGE].into_iter().find(|token| text.contains(token)) {
             return Err(Error::Setting {
                 reason: format!("the prompt holds the image placeholder `{token}`"),

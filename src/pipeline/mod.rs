@@ -124,6 +124,9 @@ pub struct Summary {
     /// Finished rows of shards that are not whole: they are in the journal, and the next run goes on after them.
     #[serde(skip)]
     pub num_journaled: u64,
+    /// Finished rows of damaged inputs: they are not kept.
+    #[serde(skip)]
+    pub num_dropped: u64,
     /// Shards that other processes have in work.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub busy_shards: Vec<String>,
@@ -212,6 +215,7 @@ impl LoadedRun {
             failed_engines,
             is_interrupted: report.is_cut_short,
             num_journaled: written.num_journaled,
+            num_dropped: written.num_dropped,
             busy_shards: report.busy.into_iter().chain(written.lost_shards).collect(),
         })
     }

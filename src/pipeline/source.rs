@@ -150,6 +150,7 @@ fn read_all(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>, damaged: &mu
         match input {
             Input::Image(location) => loose.push(emitter, location.clone(), location.to_string())?,
             Input::StandardInput => {
+                let mut is_empty = true;
                 for line in standard_input_lines(emitter.stop_flags()) {
                     let Some(line) = line.map_err(Error::io("read", Path::new("standard input")))? else {
                         // Whoever writes the list may wait for these rows first.
@@ -158,6 +159,7 @@ fn read_all(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>, damaged: &mu
                     };
                     let line = line.strip_suffix(b"\r").unwrap_or(&line);
                     if !line.is_empty() {
+                        is_empty = false;
                         let location = listed(line)?;
                         let key = match &location {
                             Location::Local(_) => String::from_utf8_lossy(line).into_owned(),
@@ -168,6 +170,13 @@ fn read_all(options: &SourceOptions<'_>, emitter: &mut Emitter<'_>, damaged: &mu
                     if emitter.is_done() {
                         break;
                     }
+                }
+                if is_empty && !emitter.is_done() {
+                    damaged.push(Error::Input {
+                        input: "-".to_owned(),
+                        reason: "standard input named no image".to_owned(),
+                        hint: "pipe in paths or URLs of images, one a line: find DIR -name '*.jpg' | recaption run - ...",
+                    });
                 }
             }
             Input::Folder(location) => damaged.extend(folder::run(location, emitter)?),

@@ -69,8 +69,8 @@ pub(crate) struct WriteReport {
     pub(crate) num_committed: u64,
     /// Rows in the journals of shards that are not whole: the next run goes on after them.
     pub(crate) num_journaled: u64,
-    /// Finished rows of shards that could not be kept.
-    pub(crate) num_lost: u64,
+    /// Finished rows of inputs that turned out to be damaged: they are not kept.
+    pub(crate) num_dropped: u64,
     /// Shards that other processes took over and have.
     pub(crate) lost_shards: Vec<String>,
 }
@@ -243,7 +243,6 @@ impl<'a> Writer<'a> {
                 match output.commit(&ended.shard.name, *open, ended.num_rows, identity) {
                     Err(Error::ClaimLost { shard }) => {
                         tracing::warn!(shard, "another process took this shard over and does it");
-                        self.report.num_lost += num_new_rows as u64;
                         self.report.lost_shards.push(shard);
                         return Ok(());
                     }
@@ -263,7 +262,7 @@ impl<'a> Writer<'a> {
                 Ok(())
             }
             None => {
-                self.report.num_lost += num_new_rows as u64;
+                self.report.num_dropped += open.journal.num_rows() as u64;
                 output.abandon(&ended.shard.name, *open)
             }
         }

@@ -181,8 +181,40 @@ fn a_column_of_images_is_refused_where_no_input_has_columns() {
         let error = "--image-column `photo` is for Parquet files, and none of the inputs is one";
         assert_refused(&[&["run"], inputs, &flags].concat(), error, "leave it out");
     }
+    // What is listed may have any name: only then is it told that nothing was.
     let listed = recaption(&[&["run", "-"], &flags[..]].concat());
-    assert_eq!(listed.status.code(), Some(0), "{}", stderr(&listed));
+    assert_eq!(listed.status.code(), Some(1), "{}", stderr(&listed));
+    let message = stderr(&listed);
+    assert!(message.contains("error: input `-`: standard input named no image"), "{message}");
+}
+
+#[test]
+fn what_costs_time_or_does_nothing_gets_a_warning() {
+    let (bundle, image, out) = (demo_bundle(), root("tests/data/images/42/a.png"), tempfile::tempdir().unwrap());
+    let (image, out) = (image.to_str().unwrap(), out.path().to_str().unwrap());
+    let run = |flags: &[&str]| {
+        let fixed = ["run", image, "--model", bundle.to_str().unwrap(), "--provider", "cpu", "--max-new-tokens", "1"];
+        let output = recaption(&[&fixed[..], flags].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        stderr(&output)
+    };
+    let retry = ["--out", out, "--retry-failed"];
+    let unknown = format!("warning: --retry-failed: `{out}` has no run whose rows failed; all images are captioned");
+    assert!(run(&retry).contains(&unknown));
+    assert!(!run(&retry).contains("warning: "));
+    let num_cores = std::thread::available_parallelism().unwrap().get();
+    let message = run(&["--threads", &(num_cores + 1).to_string()]);
+    assert!(message.contains(&format!("warning: --threads {} on {num_cores} core", num_cores + 1)), "{message}");
+    assert!(!run(&["--threads", &num_cores.to_string()]).contains("warning: "));
+}
+
+#[test]
+fn an_empty_prompt_is_refused() {
+    let (bundle, image) = (demo_bundle(), root("tests/data/images/42/a.png"));
+    let args = ["run", image.to_str().unwrap(), "--model", bundle.to_str().unwrap(), "--prompt"];
+    for prompt in ["", "  \n"] {
+        assert_refused(&[&args[..], &[prompt]].concat(), "the prompt is empty", "leave --prompt out");
+    }
 }
 
 #[test]

@@ -159,6 +159,8 @@ fn a_scrape_parses_and_its_totals_are_those_of_the_summary() {
     assert_eq!((of("recaption_engines_alive{}"), of("recaption_slots{engine=0}")), (1.0, 4.0));
     assert_eq!((of("recaption_slots_in_use{engine=0}"), of("recaption_kv_cache_usage_ratio{engine=0}")), (0.0, 0.0));
     assert!(of("recaption_queue_capacity{queue=vision}") >= 1.0 && of("recaption_queue_depth{queue=vision}") >= 0.0);
+    let queues = |metric: &str| samples.keys().filter_map(|name| name.strip_prefix(metric)).collect::<Vec<_>>();
+    assert_eq!(queues("recaption_queue_depth"), queues("recaption_queue_capacity"));
     let build = samples.iter().find(|(name, _)| name.starts_with("recaption_build_info{")).unwrap();
     assert!(
         build.0.contains(concat!("version=", env!("CARGO_PKG_VERSION"))) && build.0.contains("provider=cpu"),

@@ -107,6 +107,11 @@ fn fingerprint(text: &str) -> String {
     hex(&Sha256::digest(text))
 }
 
+/// Whether a run has written into the folder before.
+pub(super) fn has_run(folder: &Location) -> Result<bool> {
+    folder.join(SETTINGS_FILE).exists()
+}
+
 /// Checks that the output folder, if there is one, belongs to a run with the same settings.
 pub(super) fn check(folder: &Location, settings: &Value, overwrite: bool) -> Result<()> {
     let location = folder.join(SETTINGS_FILE);

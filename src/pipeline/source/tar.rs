@@ -53,7 +53,7 @@ pub(super) fn run(location: &Location, emitter: &mut Emitter<'_>) -> Result<Opti
             Ok(Some(error.downcast::<Error>().unwrap_or_else(|error| Error::Input {
                 input: location.to_string(),
                 reason: format!("the tar is damaged: {error}"),
-                hint: "fetch it again; none of its rows were written",
+                hint: "fetch it again; --out has none of its rows",
             })))
         }
     }
