@@ -105,7 +105,9 @@ fn prepare(args: &RunArgs, place: Option<Location>) -> Result<(RunOptions, Value
         Some(folder) => {
             output::check(&folder, &settings, args.overwrite)?;
             if args.retry_failed && !output::has_run(&folder)? {
-                print_warning(&format!("--retry-failed: `{folder}` has no run whose rows failed; all images are captioned"));
+                print_warning(&format!(
+                    "--retry-failed: `{folder}` has no run whose rows failed; all images are captioned"
+                ));
             }
             Sink::Folder(output::options(folder, args, &settings)?)
         }
