@@ -18,8 +18,10 @@ struct Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let width = prop::sample::select(vec![1usize, 2, 6, 16, 24, 33, 64, 80, 128, 160]);
+    let widths = [1usize, 2, 6, 16, 24, 33, 64, 80, 128, 160];
     // Miri takes ten thousand times as long.
+    let num_widths = if cfg!(miri) { 4 } else { widths.len() };
+    let width = prop::sample::select(widths[..num_widths].to_vec());
     let lengths = if cfg!(miri) { [0..2, 1..4, 1..8] } else { [0..40usize, 1..200usize, 1..300usize] };
     let (groups, kv_heads) = if cfg!(miri) { (1..3, 1..2) } else { (1..6usize, 1..4usize) };
     (groups, kv_heads, width, 0..3u8, lengths, any::<u64>()).prop_map(
