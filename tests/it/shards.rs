@@ -94,6 +94,26 @@ fn a_damaged_tar_is_told_and_the_others_are_written() {
 }
 
 #[test]
+fn rows_of_a_damaged_tar_are_counted_and_not_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("a.tar"), folder.path().join("out"));
+    let (names, image): (Vec<String>, _) = ((0..300).map(|i| format!("{i:03}.png")).collect(), image("a"));
+    let members: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &image[..])).collect();
+    tar(&path, &members);
+    // Within the last member. 256 keys wait for their sidecars: only the others have become rows.
+    let length = 299 * 1024 + 700;
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(length).unwrap();
+    let [bundle, path] = [&demo_bundle(), &path].map(|path| path.to_str().unwrap().to_owned());
+    let args = ["run", &path, "--model", &bundle, "--provider", "cpu", "--max-new-tokens", "1", "--out"];
+    let output = recaption(&[&args[..], &[out.to_str().unwrap()]].concat());
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("--out has none of its rows\n0 rows: 0 ok, 0 failed; "), "{message}");
+    assert!(message.contains("\n44 more rows, of damaged inputs, were captioned and are not kept\n"), "{message}");
+    assert!(!out.join("captions-a.parquet").exists());
+}
+
+#[test]
 fn inputs_of_one_name_get_numbers_that_are_free() {
     let folder = tempfile::tempdir().unwrap();
     for (index, name) in ["x/a.tar", "y/a.tar", "a-2.tar"].into_iter().enumerate() {

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[cfg_attr(miri, ignore = "takes hours; the next one runs the same code")]
+    #[cfg_attr(miri, ignore = "takes too long; the next one runs the same code")]
     fn every_colour_is_the_same_at_every_level() {
         let levels = Level::available();
         let all: Vec<u8> = (0..=255).collect();
