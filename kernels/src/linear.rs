@@ -140,8 +140,9 @@ impl Work for Part<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { product, rows, panels } = self;
         let (weights, spec) = (product.weights, product.weights.spec());
-        let blockwise = spec.block > 0;
-        let num_tiles = rows.len().div_ceil(if blockwise { S::block_rows(rows.len()) } else { ROWS });
+        let (blockwise, zero_point) = (spec.block > 0, product.x.zero_point());
+        let num_tiles = rows.len().div_ceil(S::tile_rows(rows.len(), spec.k, blockwise));
+        let all_steps = weights.panels(panels.clone());
         let (mut sums, mut acc) = (Aligned([[0; COLUMNS]; ROWS]), Aligned([[0.0; COLUMNS]; ROWS]));
         let (Aligned(sums), Aligned(acc)) = (&mut sums, &mut acc);
         let mut starts = STARTS.take();
@@ -150,12 +151,15 @@ impl Work for Part<'_> {
             starts.clear();
             if blockwise {
                 for (steps, &corrections) in steps.chunks(spec.block / 4).zip(corrections) {
-                    starts.push(s.start(steps, spec.bounded, corrections));
+                    starts.push(s.start(steps, spec.bounded, corrections, zero_point));
                 }
             } else {
-                starts.push(s.start(steps, spec.bounded, corrections[0]));
+                starts.push(s.start(steps, spec.bounded, corrections[0], zero_point));
             }
-            let next: &[_] = if panel + 1 < panels.end { weights.panel(panel + 1) } else { &[] };
+            // Of several tiles, each fetches a part of the next panel.
+            let ahead = if num_tiles == 1 { S::STEPS_AHEAD.min(steps.len()) } else { steps.len() };
+            let next = &all_steps[((panel - panels.start) * steps.len() + ahead).min(all_steps.len())..];
+            let next = &next[..next.len().min(steps.len())];
             let bias = product.bias(s, panel);
             for tile in 0..num_tiles {
                 let part = part_of(rows.len(), num_tiles, tile);
@@ -164,7 +168,7 @@ impl Work for Part<'_> {
                 if blockwise {
                     s.sum_blocks(count, product.blocks(first, panel, &starts, next), sums, acc);
                 } else {
-                    s.tile_f32(count, product.tile(first, steps, &starts[0], next), sums, acc);
+                    s.tile_f32(count, product.tile(first, panel, &starts[0], next), sums, acc);
                 }
                 product.finish(s, panel, bias, first, &acc[..count]);
             }
@@ -176,9 +180,16 @@ impl Work for Part<'_> {
 impl<'a> Product<'a> {
     /// The operands of rows from `first` on and of a panel that has one block.
     #[inline(always)]
-    fn tile(&self, first: usize, b: &'a [Step], init: &'a [i32; COLUMNS], next: &'a [Step]) -> Tile<'a> {
-        let bounded = self.weights.spec().bounded;
-        Tile { a: self.x.values_from(0, first), stride: self.x.stride(), b, bounded, init, next }
+    fn tile(&self, first: usize, panel: usize, init: &'a [i32; COLUMNS], next: &'a [Step]) -> Tile<'a> {
+        Tile {
+            a: self.x.values_from(0, first),
+            stride: self.x.stride(),
+            b: self.weights.panel(panel),
+            bounded: self.weights.spec().bounded,
+            corrections: &self.weights.corrections(panel)[0],
+            init,
+            next,
+        }
     }
 
     /// The operands of rows from `first` on and of a panel, block by block.
@@ -191,6 +202,7 @@ impl<'a> Product<'a> {
             b: self.weights.panel(panel),
             num_steps: spec.block / 4,
             bounded: spec.bounded,
+            corrections: self.weights.corrections(panel),
             starts,
             row_scales: &self.x.scales()[first..],
             row_scales_stride: self.x.rows(),

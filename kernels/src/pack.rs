@@ -7,6 +7,8 @@
 //! ```
 //! Gated weights (SwiGLU) hold 16 gate and 16 up columns a panel, `columns` counts the pairs.
 
+use std::ops::Range;
+
 use crate::Error;
 use crate::dot::Step;
 use crate::error::check_len;
@@ -287,8 +289,13 @@ impl<'a> PackedWeights<'a> {
     }
 
     pub(crate) fn panel(&self, panel: usize) -> &'a [Step] {
+        self.panels(panel..panel + 1)
+    }
+
+    /// One after the other.
+    pub(crate) fn panels(&self, panels: Range<usize>) -> &'a [Step] {
         let steps = self.spec.num_steps();
-        &self.panels[panel * steps..(panel + 1) * steps]
+        &self.panels[panels.start * steps..panels.end * steps]
     }
 
     /// One for each block.

@@ -44,7 +44,9 @@ pub struct Quantized {
     rows: usize,
     k: usize,
     block: usize,
-    /// Offset by 128. At least as many as there are now.
+    /// What stands for zero in `values`, where it is known.
+    zero_point: Option<u8>,
+    /// At least as many as there are now.
     values: Vec<u8>,
     /// `[ceil(k / block), rows]`, or `[rows]`: those of a tile's rows are side by side. At least as many.
     scales: Vec<f32>,
@@ -57,6 +59,7 @@ impl Quantized {
     /// When there is no whole number of rows.
     pub fn set_samples(&mut self, samples: &[u8], k: usize) -> Result<(), Error> {
         self.start(samples.len(), k, 0)?;
+        self.zero_point = None;
         self.scales[..self.rows].fill(1.0);
         let stride = self.stride();
         for (row, samples) in samples.chunks_exact(k).enumerate() {
@@ -84,7 +87,12 @@ impl Quantized {
         self.block
     }
 
-    /// An element of a row, offset by 128.
+    /// What stands for zero: 128; in samples what the weights' corrections take it for.
+    pub fn zero_point(&self) -> Option<u8> {
+        self.zero_point
+    }
+
+    /// An element of a row, offset by the zero point.
     pub fn value(&self, row: usize, k: usize) -> u8 {
         assert!(row < self.rows && k < self.k, "no such element");
         self.values[k / EIGHT * self.stride() + row * EIGHT + k % EIGHT]
@@ -125,7 +133,7 @@ impl Quantized {
         if k == 0 || !len.is_multiple_of(k) || !block.is_multiple_of(EIGHT) {
             return Err(Error::Shape(format!("quantize: {len} elements in rows of {k}, blocks of {block}")));
         }
-        (self.rows, self.k, self.block) = (len / k, k, block);
+        (self.rows, self.k, self.block, self.zero_point) = (len / k, k, block, Some(ZERO_POINT));
         let (values, scales) = (self.num_values(), self.rows * self.scales_per_row());
         if self.values.len() < values {
             self.values.resize(values, 0);
@@ -138,7 +146,7 @@ impl Quantized {
 }
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Rows of one task: a cache line of their values.
 const TASK_ROWS: usize = LINE / EIGHT;

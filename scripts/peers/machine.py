@@ -11,7 +11,7 @@ from pathlib import Path
 TICKS = os.sysconf("SC_CLK_TCK")
 NUM_CORES = os.cpu_count() or 1
 QUIET_SHARE = 0.15
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 1.0
 
 
 def busy_seconds() -> float:

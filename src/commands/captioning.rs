@@ -1,6 +1,8 @@
 //! What `run` and `profile` have in common: what the user typed about captions becomes validated options.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use recaption_export::Target;
@@ -34,6 +36,7 @@ pub(super) struct Checked<'a> {
     args: &'a CaptioningArgs,
     inputs: Vec<Input>,
     pub(super) bundle: Bundle,
+    tokenizer: Tokenizer,
     pub(super) prompt: Prompt,
     stop_rule: StopRule,
 }
@@ -55,7 +58,12 @@ pub(super) fn check<'a>(inputs: &[String], model: &Path, args: &'a CaptioningArg
         inputs.iter().map(|text| Input::parse(text)).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
     source::check(&inputs, args.image_column.as_deref())?;
     let bundle = Bundle::open(model)?;
-    let tokenizer = Tokenizer::open(&bundle.tokenizer_path())?;
+    let tokenizer = thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| Tokenizer::open(&bundle.tokenizer_path()));
+        // It takes as long, and will be needed. What is wrong with it comes up then.
+        let _ = load_library();
+        tokenizer.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
     let prompt = Prompt::build(&args.prompt, args.template.as_ref(), &bundle.manifest.prompt, &tokenizer)?;
     let stop_rule = StopRule {
         stop_token_ids: bundle.manifest.stop_token_ids.clone(),
@@ -63,7 +71,7 @@ pub(super) fn check<'a>(inputs: &[String], model: &Path, args: &'a CaptioningArg
         ignore_eos: args.ignore_eos,
     };
     check_prompt(&bundle, &prompt, &stop_rule)?;
-    Ok(Checked { args, inputs, bundle, prompt, stop_rule })
+    Ok(Checked { args, inputs, bundle, tokenizer, prompt, stop_rule })
 }
 
 impl Checked<'_> {
@@ -72,7 +80,7 @@ impl Checked<'_> {
     /// # Errors
     /// When the provider does not work here, does not go with the bundle, or the model does not fit.
     pub(super) fn options(self, sink: Sink, with_token_ids: bool) -> Result<RunOptions> {
-        let Self { args, inputs, bundle, prompt, stop_rule } = self;
+        let Self { args, inputs, bundle, tokenizer, prompt, stop_rule } = self;
         let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
         let num_threads = args.threads.map_or(num_cores, usize::from);
         let cpu_engines = match (args.engines, bundle.manifest.header.target) {
@@ -107,6 +115,7 @@ impl Checked<'_> {
             bundle,
             inputs,
             sink,
+            tokenizer,
             prompt,
             engines,
             num_load_threads: args.load_threads.map_or(num_cores.div_ceil(4), usize::from),

@@ -67,6 +67,8 @@ pub struct RunOptions {
     pub inputs: Vec<Input>,
     /// Where the rows go.
     pub sink: Sink,
+    /// The bundle's.
+    pub tokenizer: Tokenizer,
     /// The prompt, encoded.
     pub prompt: Prompt,
     /// One engine per entry.
@@ -136,7 +138,6 @@ pub struct Summary {
 pub struct LoadedRun {
     options: RunOptions,
     engines: Vec<Box<dyn Captioner>>,
-    tokenizer: Tokenizer,
     load_seconds: f64,
 }
 
@@ -158,21 +159,18 @@ pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
         })
     };
     let open = &open;
-    let (engines, tokenizer) = thread::scope(|scope| {
-        let tokenizer = scope.spawn(|| Tokenizer::open(&options.bundle.tokenizer_path()));
-        let engines = options.engines.iter().enumerate();
-        // GPUs one after the other: while a CUDA graph is captured nobody else may allocate.
-        let engines: Result<Vec<_>> = match options.engines.iter().all(|engine| engine.device == Device::Cpu) {
-            true => {
-                let opening: Vec<_> = engines.map(|engine| scope.spawn(move || open(engine))).collect();
-                opening.into_iter().map(joined).collect()
-            }
-            false => engines.map(open).collect(),
-        };
-        Ok::<_, Error>((engines?, joined(tokenizer)?))
-    })?;
+    let engines = options.engines.iter().enumerate();
+    // GPUs one after the other: while a CUDA graph is captured nobody else may allocate.
+    let engines: Result<Vec<_>> = match options.engines.iter().all(|engine| engine.device == Device::Cpu) {
+        true => thread::scope(|scope| {
+            let opening: Vec<_> = engines.map(|engine| scope.spawn(move || open(engine))).collect();
+            opening.into_iter().map(joined).collect()
+        }),
+        false => engines.map(open).collect(),
+    };
+    let engines = engines?;
     let load_seconds = started.elapsed().as_secs_f64();
-    Ok(LoadedRun { options, engines, tokenizer, load_seconds })
+    Ok(LoadedRun { options, engines, load_seconds })
 }
 
 /// What a thread of a scope gives; its panic goes on here.
@@ -186,7 +184,7 @@ impl LoadedRun {
     /// # Errors
     /// When a stage cannot go on. Failed images and damaged inputs are not errors: they are in the summary.
     pub fn run(self) -> Result<Summary> {
-        let Self { options, engines, tokenizer, load_seconds } = self;
+        let Self { options, engines, load_seconds } = self;
         let prompt_tokens = options.prompt.len(options.bundle.manifest.vision.num_image_tokens);
         let output = match &options.sink {
             Sink::Folder(folder) => Some(Output::open(folder.clone(), prompt_tokens, options.with_token_ids)?),
@@ -194,7 +192,7 @@ impl LoadedRun {
         };
         let earlier = output.as_ref().map(Output::count).transpose()?.unwrap_or_default();
         let progress = Arc::new(Progress::new());
-        let stages = run_stages(&options, engines, tokenizer, (output.as_ref(), earlier.rows), &progress)?;
+        let stages = run_stages(&options, engines, (output.as_ref(), earlier.rows), &progress)?;
         let StagesReport { source: report, written, failed_engines } = stages;
         let run_seconds = progress.elapsed().as_secs_f64();
         let counts = match &output {
@@ -239,7 +237,6 @@ struct StagesReport {
 fn run_stages(
     options: &RunOptions,
     engines: Vec<Box<dyn Captioner>>,
-    tokenizer: Tokenizer,
     (output, num_earlier_rows): (Option<&Output>, u64),
     progress: &Arc<Progress>,
 ) -> Result<StagesReport> {
@@ -265,7 +262,7 @@ fn run_stages(
     };
     let write_options = WriteOptions {
         output,
-        tokenizer,
+        tokenizer: &options.tokenizer,
         with_token_ids: options.with_token_ids,
         prompt_tokens: options.prompt.len(options.bundle.manifest.vision.num_image_tokens),
         max_failures: options.max_failures,

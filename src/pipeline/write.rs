@@ -52,7 +52,7 @@ pub enum Sink {
 pub(crate) struct WriteOptions<'a> {
     /// The output folder; standard output without one.
     pub(crate) output: Option<&'a Output>,
-    pub(crate) tokenizer: Tokenizer,
+    pub(crate) tokenizer: &'a Tokenizer,
     pub(crate) with_token_ids: bool,
     /// Prompt tokens of each caption.
     pub(crate) prompt_tokens: usize,
@@ -178,7 +178,7 @@ impl<'a> Writer<'a> {
         row.draft.times.is_taken(Stage::Write);
         self.tell(&row);
         let (shard, index, image) = (row.draft.shard.index, row.draft.index, row.draft.image.take());
-        let row = WrittenRow::new(row, &self.options.tokenizer, self.options.with_token_ids)?;
+        let row = WrittenRow::new(row, self.options.tokenizer, self.options.with_token_ids)?;
         let pending = self.shards.entry(shard).or_default();
         match &mut pending.open {
             Some(open) => open.journal.append(index, &row, image.as_deref().filter(|_| row.is_ok()))?,

@@ -191,8 +191,11 @@ impl Session {
 
     /// A zeroed buffer in the memory of this session's device.
     pub(crate) fn device_buffer(&self, data_type: DataType, num_elements: usize) -> Result<Buffer> {
+        if self.device == Device::Cpu {
+            return Buffer::host(data_type, num_elements);
+        }
         let allocator = self.device.allocator(&self.session)?;
-        let mut buffer = Buffer::new(&allocator, self.device == Device::Cpu, data_type, num_elements)?;
+        let mut buffer = Buffer::new(&allocator, false, data_type, num_elements)?;
         self.stream.zero(&mut buffer)?;
         Ok(buffer)
     }

@@ -38,9 +38,11 @@ pub(crate) struct Tile<'a> {
     pub(crate) b: &'a [Step],
     /// Whether the weights are ([`PackSpec::bounded`](crate::PackSpec)).
     pub(crate) bounded: bool,
+    /// What takes the activations' offset away.
+    pub(crate) corrections: &'a [i32; COLUMNS],
     /// What the sums start from, by [`Dot::start`].
     pub(crate) init: &'a [i32; COLUMNS],
-    /// Weights to fetch meanwhile, since the next tiles need them; not longer than `b`.
+    /// Weights to fetch meanwhile, since they are needed next; not longer than `b`.
     pub(crate) next: &'a [Step],
 }
 
@@ -62,6 +64,8 @@ pub(crate) struct Blocks<'a> {
     /// Of each block but the last, which may have fewer. Even.
     pub(crate) num_steps: usize,
     pub(crate) bounded: bool,
+    /// `[blocks]`: as [`Tile::corrections`].
+    pub(crate) corrections: &'a [[i32; COLUMNS]],
     /// `[blocks]`: as [`Tile::init`].
     pub(crate) starts: &'a [[i32; COLUMNS]],
     /// Those of block `b` from `b * row_scales_stride` on.
@@ -76,11 +80,12 @@ pub(crate) struct Blocks<'a> {
 impl<'a> Blocks<'a> {
     /// The blocks, one after the other.
     pub(crate) fn tiles(self) -> impl Iterator<Item = (usize, Tile<'a>)> {
-        let Self { a, stride, b, num_steps, bounded, starts, next, .. } = self;
-        b.chunks(num_steps).zip(starts).enumerate().map(move |(block, (b, init))| {
+        let Self { a, stride, b, num_steps, bounded, corrections, starts, next, .. } = self;
+        let starts = corrections.iter().zip(starts);
+        b.chunks(num_steps).zip(starts).enumerate().map(move |(block, (b, (corrections, init)))| {
             let next = next.get(block * num_steps..).unwrap_or(&[]);
             let next = &next[..next.len().min(b.len())];
-            (block, Tile { a: &a[block * num_steps / 2 * stride..], stride, b, bounded, init, next })
+            (block, Tile { a: &a[block * num_steps / 2 * stride..], stride, b, bounded, corrections, init, next })
         })
     }
 
@@ -93,7 +98,8 @@ impl<'a> Blocks<'a> {
                 && last * self.stride + EIGHT * rows <= self.a.len()
                 && self.num_steps.is_multiple_of(2)
                 && num_blocks.saturating_sub(1) * self.row_scales_stride + rows <= self.row_scales.len()
-                && (self.starts.len(), self.column_scales.len()) == (num_blocks, num_blocks),
+                && (self.starts.len(), self.corrections.len()) == (num_blocks, num_blocks)
+                && self.column_scales.len() == num_blocks,
             "bug: a tile reaches beyond its activations"
         );
     }
@@ -109,9 +115,9 @@ impl<'a> Blocks<'a> {
 /// One instruction set's integer products.
 pub(crate) trait Dot {
     /// What the sums over some weights start from: the corrections, which take the activations' offset away, and what this
-    /// instruction set's products leave out.
+    /// instruction set's products leave out. `zero_point`: the offset, where it is known.
     #[inline(always)]
-    fn start(self, _b: &[Step], _bounded: bool, corrections: [i32; COLUMNS]) -> [i32; COLUMNS]
+    fn start(self, _b: &[Step], _bounded: bool, corrections: [i32; COLUMNS], _zero_point: Option<u8>) -> [i32; COLUMNS]
     where
         Self: Sized,
     {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::{LANES, Simd, add_sums};
-use crate::dot::avx2::CHUNK;
+use crate::dot::avx2::{CHUNK, STEPS_AHEAD, tile_rows};
 use crate::dot::{COLUMNS, ROWS, Scales, Sums, Tile};
 use crate::level::Work;
 
@@ -42,6 +42,13 @@ type I = [__m256i; 2];
 const TO_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
 impl<const VNNI: bool> Simd for Avx2<VNNI> {
+    const STEPS_AHEAD: usize = STEPS_AHEAD;
+
+    #[inline(always)]
+    fn tile_rows(rows: usize, k: usize, _blockwise: bool) -> usize {
+        if VNNI { ROWS } else { tile_rows(rows, k) }
+    }
+
     #[inline(always)]
     fn add_tile(
         self,

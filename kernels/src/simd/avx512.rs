@@ -30,8 +30,8 @@ macro_rules! has {
 
 impl Simd for Avx512 {
     #[inline(always)]
-    fn block_rows(rows: usize) -> usize {
-        block_rows(rows)
+    fn tile_rows(rows: usize, _k: usize, blockwise: bool) -> usize {
+        if blockwise { block_rows(rows) } else { ROWS }
     }
 
     #[inline(always)]

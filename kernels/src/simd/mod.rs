@@ -31,9 +31,12 @@ pub(crate) trait Simd: Copy + Send + Sync + Dot {
     /// Vectors of accumulators that fit in registers beside operands.
     const ACCUMULATORS: usize;
 
-    /// Rows of a tile that [`Self::sum_blocks`] is fastest with, where there are `rows`.
+    /// How far ahead of the weights it reads a lone tile fetches others, in steps; at most a panel.
+    const STEPS_AHEAD: usize = usize::MAX;
+
+    /// Rows of a tile that products over `k` are fastest with, where there are `rows`; `blockwise`: of [`Self::sum_blocks`].
     #[inline(always)]
-    fn block_rows(_rows: usize) -> usize {
+    fn tile_rows(_rows: usize, _k: usize, _blockwise: bool) -> usize {
         ROWS
     }
 
