@@ -23,7 +23,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file that every checkpoint has is missing.
-    #[error("checkpoint `{checkpoint}` has no {what}")]
+    #[error("`{checkpoint}` has no {what}")]
     MissingFile {
         /// The checkpoint folder.
         checkpoint: PathBuf,

@@ -1,7 +1,7 @@
 //! A plan as text: who, where, how fast, how long, and where the time goes as bars.
 
 use super::texts;
-use crate::commands::inspect::numbers::{bytes, flops};
+use crate::commands::inspect::numbers::{bytes, counted, flops};
 use crate::console::printable;
 use crate::plan::{Basis, Job, Plan};
 
@@ -41,9 +41,9 @@ fn facts(plan: &Plan) -> String {
         (
             "memory",
             format!(
-                "{engines}{} captions in flight, {} images at once; weights {} + slots of {} + workspace {} = {} of {}",
-                memory.num_slots,
-                memory.vision_batch,
+                "{engines}{} in flight, {} at once; weights {} + slots of {} + workspace {} = {} of {}",
+                counted(memory.num_slots as u64, "caption"),
+                counted(memory.vision_batch as u64, "image"),
                 bytes(memory.weight_bytes),
                 bytes(memory.bytes_per_slot),
                 bytes(memory.workspace_bytes),

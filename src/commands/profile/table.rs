@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::commands::inspect::numbers::{bytes, duration, number};
+use crate::commands::inspect::numbers::{bytes, counted, duration, number};
 use crate::profile::{Peak, Profile, RegionProfile, StageUtilisation};
 
 /// The whole text.
@@ -27,17 +27,17 @@ fn heading(profile: &Profile, text: &mut String) -> std::fmt::Result {
     let Profile { bundle, settings, run, bottleneck, .. } = profile;
     writeln!(
         text,
-        "{}: {}, target {}, on {} ({} engines)",
+        "{}: {}, target {}, on {} ({})",
         bundle.name,
         bundle.precision.name(),
         bundle.target.name(),
         settings.provider,
-        settings.engines.len()
+        counted(settings.engines.len() as u64, "engine")
     )?;
     writeln!(
         text,
-        "{} images ({} failed) in {} after {} to load: {} images/s, {} prompt and {} new tokens/s",
-        run.images,
+        "{} ({} failed) in {} after {} to load: {} images/s, {} prompt and {} new tokens/s",
+        counted(run.images, "image"),
         run.failed,
         duration(run.wall_seconds),
         duration(run.load_seconds),
