@@ -25,4 +25,4 @@ for row in map(json.loads, sys.stdin):
     print(row["key"], "was:", row["org_caption"])
     print(" " * len(row["key"]), "now:", row["re_caption"])
 '
-echo "== all of them: out/demo/captions-00000.parquet"
+echo "== all of them: out/demo/captions-00000.parquet; the program: $recaption (--help)"

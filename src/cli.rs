@@ -154,7 +154,7 @@ pub struct ExportArgs {
     pub out: PathBuf,
     /// Precision of the weights of decoder and vision tower
     ///
-    /// On a CPU int8 is the fastest and fp32 the most exact; on a GPU fp16. int8-block and int4 are small: 1 and a bit more
+    /// On a CPU int8 with --target cpu is the fastest and fp32 the most exact; on a GPU fp16. int8-block and int4 are small: 1 and a bit more
     /// than half a byte per weight. With --target tensorrt: fp32, fp16, bf16 or fp8. Example: --precision int8
     #[arg(long, value_enum, default_value_t = PrecisionArg::Fp32)]
     pub precision: PrecisionArg,
@@ -218,7 +218,7 @@ pub struct ExportArgs {
 }
 
 /// Precisions that export writes.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PrecisionArg {
     /// 32-bit floats
     Fp32,
@@ -435,7 +435,8 @@ pub struct CaptioningArgs {
     pub device: Option<Vec<i32>>,
     /// What the model is asked
     ///
-    /// The default is the prompt of the Recap-DataComp-1B paper. Example: --prompt "Describe the image in one sentence."
+    /// The default is that of the Recap-DataComp-1B paper: "Please generate a detailed caption of this image. Please be as
+    /// descriptive as possible." Example: --prompt "Describe the image in one sentence."
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT, hide_default_value = true)]
     pub prompt: String,
     /// Frame around the prompt: llava-pp-llama3, llava-next-llama3, plain-llama3, or a Jinja file

@@ -211,6 +211,9 @@ impl Error {
             Self::Stage { source, .. } => source.hint(),
             Self::Storage { failure, .. } => failure.hint().map(str::to_owned),
             Self::Io { source, action, .. } => disk_hint(source, action),
+            Self::Parquet { action: "read", .. } => Some(
+                "delete it, and the shard is done again by the same command; or start anew with --overwrite".to_owned(),
+            ),
             _ => None,
         }
     }
@@ -247,10 +250,11 @@ fn disk_hint(source: &std::io::Error, action: &str) -> Option<String> {
     let is_writing = ["write", "sync", "create", "rename to", "delete"].contains(&action);
     match source.kind() {
         StorageFull | QuotaExceeded | FileTooLarge => {
-            Some("free some space; finished rows are kept, and the same command goes on after them".to_owned())
+            Some("free some space; with --out the same command goes on after the rows that are finished".to_owned())
         }
         _ if is_writing => Some(
-            "see to the disk or folder; finished rows are kept, and the same command goes on after them".to_owned(),
+            "see to the disk or folder; with --out the same command goes on after the rows that are finished"
+                .to_owned(),
         ),
         _ => None,
     }

@@ -2,13 +2,14 @@
 
 use std::time::Instant;
 
-use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, tokenizer_path};
+use recaption_export::{BundleManifest, Calibration, ExportOptions, Precision, Rounding, Target, tokenizer_path};
 
 use crate::cli::{ActivationsArg, ExportArgs, PrecisionArg, RoundingArg};
 use crate::commands::Outcome;
 use crate::console::{print_line, print_warning};
 use crate::error::Error;
 use crate::model::Tokenizer;
+use crate::runtime::sums_8_bit_products_exactly;
 
 /// Captions of pictures that do not exist: text as a captioner writes it.
 const CAPTIONS: &str = include_str!("calibration.txt");
@@ -36,6 +37,14 @@ pub(super) fn execute(args: &ExportArgs) -> anyhow::Result<Outcome> {
         overwrite: args.overwrite,
         cancel: super::interrupt_flag(),
     };
+    // Before it takes its time: for other machines it may be right.
+    let is_int8 = [args.precision, args.vision_precision.unwrap_or(args.precision)].contains(&PrecisionArg::Int8);
+    let is_of_standard_operators = matches!(args.target.into(), Target::Ort);
+    if is_int8 && is_of_standard_operators && !args.reduce_range && !sums_8_bit_products_exactly() {
+        print_line(
+            "hint: this processor has no VNNI and does not run such a bundle; for processors like it add --target cpu",
+        );
+    }
     let started = Instant::now();
     let manifest = match recaption_export::export(&args.checkpoint, &args.out, &options) {
         Err(error @ recaption_export::Error::Cancelled) => {

@@ -176,6 +176,10 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
         0 => {}
         more => lines.push(format!("failed: {}, see summary.json", counted(more as u64, "more reason"))),
     }
+    if counts.failed > 0 && out.is_some() {
+        let again = "failed rows have the whole reason in the column `error`; --retry-failed does them again";
+        lines.push(again.to_owned());
+    }
     if let [first, ..] = &summary.busy_shards[..] {
         lines.push(match summary.busy_shards.len() {
             1 => format!("shard `{first}` is in work in another process, and was left to that"),
@@ -186,8 +190,10 @@ fn describe(summary: &Summary, out: Option<&Location>) -> String {
     }
     match summary.num_earlier_rows {
         0 => {}
-        1 => lines.push("1 of the rows is of an earlier run, and was not done again".to_owned()),
-        count => lines.push(format!("{count} of the rows are of earlier runs, and were not done again")),
+        1 => lines.push("1 of the rows is of an earlier run or another process, and was not done again".to_owned()),
+        count => {
+            lines.push(format!("{count} of the rows are of earlier runs or other processes, and were not done again"));
+        }
     }
     match summary.num_dropped {
         0 => {}

@@ -202,6 +202,9 @@ impl LoadedRun {
             }
             None => written.done.clone().with_prompt_tokens(prompt_tokens),
         };
+        // Others' shards may have been finished while the last images here were captioned.
+        let is_theirs = |shard: &String| output.as_ref().is_none_or(|output| !output.is_finished(shard));
+        let busy_shards = report.busy.into_iter().filter(is_theirs).chain(written.lost_shards).collect();
         let num_earlier_rows = output.as_ref().map_or(0, |_| counts.rows.saturating_sub(written.num_committed));
         Ok(Summary {
             counts,
@@ -214,7 +217,7 @@ impl LoadedRun {
             is_interrupted: report.is_cut_short,
             num_journaled: written.num_journaled,
             num_dropped: written.num_dropped,
-            busy_shards: report.busy.into_iter().chain(written.lost_shards).collect(),
+            busy_shards,
         })
     }
 }

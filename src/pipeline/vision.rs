@@ -187,7 +187,7 @@ pub(crate) fn check_device(device: Device, manifest: &Manifest) -> Result<()> {
     let precisions = [manifest.header.precision, manifest.header.vision_precision];
     let refused = precisions.into_iter().find_map(|precision| match (precision, device) {
         (Precision::Bf16, Device::Cpu) => {
-            Some((precision, "use --provider cuda, or export with --precision fp32 or int8"))
+            Some((precision, "use --provider cuda, or export with --precision fp32, or int8 and --target cpu"))
         }
         (Precision::Int8, Device::Cuda(_) | Device::TensorRt(_)) => {
             Some((precision, "use --provider cpu, or export with --precision fp16 or int4"))

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::resume::{Case, case, run};
+use crate::resume::{Case, case, run, spawn};
 use crate::support::{demo_samples, parquet_rows, read_json, stderr, write_tar};
 
 /// Tars of one image each, whose shards go by their number.
@@ -51,6 +51,32 @@ fn a_shard_that_another_process_has_is_left_to_it() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert_eq!(keys(&parquet_rows(&out)), ["0000", "0001", "0002"]);
     assert!(!out.join("claims").exists() && !out.join("journal").exists(), "nothing is left over");
+}
+
+#[test]
+fn a_shard_that_another_process_finished_meanwhile_is_not_left_to_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut inputs, [out, elsewhere]) =
+        (tars(folder.path(), 2), ["out", "elsewhere"].map(|name| folder.path().join(name)));
+    let many = folder.path().join("2.tar");
+    let member = |(index, (image, _)): (usize, _)| (format!("{index:04}.jpg"), image);
+    let images = std::iter::repeat_n(demo_samples(), 4).flatten().cloned();
+    write_tar(&many, &images.enumerate().map(member).collect::<Vec<_>>());
+    assert_eq!(run(&paths(&inputs), &elsewhere, &[]).status.code(), Some(0));
+    inputs.push(many);
+    let _other = lock(&out.join("claims/1.lock"));
+    let mut child = spawn(&paths(&inputs), &out, &[]);
+    while !out.join("captions-0.parquet").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    std::fs::copy(elsewhere.join("captions-1.parquet"), out.join("captions-1.parquet")).unwrap();
+    assert!(child.try_wait().unwrap().is_none(), "the last shard was too small to see anything");
+    let output = child.wait_with_output().unwrap();
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(0), "{message}");
+    assert!(!message.contains("in work"), "{message}");
+    assert!(message.contains("1 of the rows is of an earlier run or another process"), "{message}");
+    assert_eq!(read_json(&out.join("summary.json")).get("busy_shards"), None);
 }
 
 #[test]

@@ -228,6 +228,8 @@ fn folders_without_images_are_refused_before_a_model_is_loaded() {
     let (empty, second, profile) = (path("empty"), path("second"), path("profile"));
     let error = format!("input `{empty}`: no image in it");
     assert_refused(&["run", &empty, &second, "--model", bundle], &error, "images end in .jpg");
+    std::fs::write(path("second/00000.tar"), "").unwrap();
+    assert_refused(&["run", &second, "--model", bundle], "no image in it, but shards", "name the shards: FOLDER/*.tar");
     assert_refused(&["profile", &empty, "--model", bundle, "--out", &profile], &error, "images end in .jpg");
     // Others are captioned, and the empty one is told at the end.
     let output = recaption(&["run", &empty, image, "--model", bundle, "--max-new-tokens", "1"]);
@@ -248,12 +250,24 @@ fn an_output_of_something_else_is_refused_before_a_provider_is_looked_for() {
     };
     let before = names();
     assert_refused(&run("3"), "was written with other settings: max_new_tokens was 2, now 3", "--overwrite");
+    let settings = out.path().join("run.json");
+    let whole = std::fs::read(&settings).unwrap();
+    std::fs::write(&settings, "x").unwrap();
+    assert_refused(&run("2"), "run.json`: it is damaged", "start anew with --overwrite");
+    std::fs::write(&settings, whole).unwrap();
     let own = "name a folder of its own for the profile";
     let profile = [&["profile"][..], &flags].concat();
     assert_refused(&profile, "has a run.json: it holds the captions of a run", own);
     assert_eq!(names(), before);
     let profile = ["profile", image, "--model", bundle, "--out", bundle];
     assert_refused(&profile, "has a manifest.json: it holds a bundle", own);
+    let shard = out.path().join("captions-images-00000.parquet");
+    let whole = std::fs::read(&shard).unwrap();
+    std::fs::write(&shard, &whole[..whole.len() / 2]).unwrap();
+    let output = recaption(&run("2"));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    let told = ["captions-images-00000.parquet`: Parquet error", "\nhint: delete it, and the shard is done again"];
+    assert!(told.iter().all(|told| stderr(&output).contains(told)), "{}", stderr(&output));
 }
 
 #[test]

@@ -1,13 +1,11 @@
 //! A run that ended before its time goes on: after what the journal holds, and only with the same input and settings.
 
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{
-    demo_bundle, demo_samples, jsonl_rows, parquet_rows, read_json, recaption, root, stderr, write_tar,
-};
+use crate::support::{demo_bundle, demo_samples, jsonl_rows, parquet_rows, read_json, root, stderr, write_tar};
 
 /// The records of a journal, and how many bytes they take: what follows is torn.
 pub(crate) fn parse_journal(bytes: &[u8]) -> (Vec<&[u8]>, usize) {
@@ -54,13 +52,15 @@ pub(crate) fn case(num_images: usize) -> Case {
 }
 
 pub(crate) fn run(inputs: &[&Path], out: &Path, extra: &[&str]) -> Output {
-    let bundle = demo_bundle();
-    let mut args = vec!["run"];
-    args.extend(inputs.iter().map(|path| path.to_str().unwrap()));
-    args.extend(["--model", bundle.to_str().unwrap(), "--out", out.to_str().unwrap()]);
-    args.extend(["--max-new-tokens", "3", "--provider", "cpu", "--slots", "2", "--vision-batch", "1"]);
-    args.extend(extra);
-    recaption(&args)
+    spawn(inputs, out, extra).wait_with_output().unwrap()
+}
+
+/// As [`run`], which it starts.
+pub(crate) fn spawn(inputs: &[&Path], out: &Path, extra: &[&str]) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recaption"));
+    command.arg("run").args(inputs).arg("--model").arg(demo_bundle()).arg("--out").arg(out);
+    command.args(["--max-new-tokens", "3", "--provider", "cpu", "--slots", "2", "--vision-batch", "1"]).args(extra);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 /// Runs until the journal refuses its record `count` (the header is record 0), as a full disk would.

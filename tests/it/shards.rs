@@ -108,7 +108,7 @@ fn rows_of_a_damaged_tar_are_counted_and_not_kept() {
     let output = recaption(&[&args[..], &[out.to_str().unwrap()]].concat());
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{message}");
-    assert!(message.contains("--out has none of its rows\n0 rows: 0 ok, 0 failed; "), "{message}");
+    assert!(message.contains("its rows are in no file of --out\n0 rows: 0 ok, 0 failed; "), "{message}");
     assert!(message.contains("\n44 more rows, of damaged inputs, were captioned and are not kept\n"), "{message}");
     assert!(!out.join("captions-a.parquet").exists());
 }

@@ -350,7 +350,10 @@ fn read_config(folder: &Path, hint: &'static str) -> Result<(PathBuf, Vec<u8>)> 
                 ("config.json", "it is a bundle, exported already: give the checkpoint that it was made of")
             }
             (true, false) => ("config.json", hint),
-            (false, _) => ("config.json: there is no such folder", "check the path"),
+            (false, _) => (
+                "config.json: there is no such folder",
+                "check the path; nothing is downloaded: fetch a model first, as by `hf download NAME --local-dir FOLDER`",
+            ),
         };
         return Err(Error::MissingFile { checkpoint: folder.to_owned(), what, hint });
     }

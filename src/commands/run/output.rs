@@ -118,7 +118,12 @@ pub(super) fn check(folder: &Location, settings: &Value, overwrite: bool) -> Res
     if overwrite || !location.exists()? {
         return Ok(());
     }
-    let earlier: Value = serde_json::from_slice(&location.read(MAX_SETTINGS_BYTES)?).unwrap_or_default();
+    let earlier: Value =
+        serde_json::from_slice(&location.read(MAX_SETTINGS_BYTES)?).map_err(|error| Error::Output {
+            path: location.to_string().into(),
+            reason: format!("it is damaged: {error}"),
+            hint: "start anew with --overwrite, or choose another --out".to_owned(),
+        })?;
     let differences = differences(&earlier["settings"], &settings["settings"]);
     if differences.is_empty() {
         return Ok(());
@@ -212,7 +217,10 @@ fn differences(earlier: &Value, now: &Value) -> Vec<String> {
     let empty = serde_json::Map::new();
     let (earlier, now) = (earlier.as_object().unwrap_or(&empty), now.as_object().unwrap_or(&empty));
     let names: BTreeMap<&String, ()> = earlier.keys().chain(now.keys()).map(|name| (name, ())).collect();
-    let shown = |value: Option<&Value>| value.map_or("unset".to_owned(), ToString::to_string);
+    let shown = |value: Option<&Value>| match value {
+        None | Some(Value::Null) => "not given".to_owned(),
+        Some(value) => value.to_string(),
+    };
     names
         .into_keys()
         .filter(|name| earlier.get(*name) != now.get(*name))
@@ -233,7 +241,11 @@ mod tests {
         let found = differences(&earlier, &now);
         assert_eq!(
             found,
-            [r#"format was "parquet", now unset"#, r#"prompt was "a", now "b""#, r#"template was unset, now "x""#]
+            [
+                r#"format was "parquet", now not given"#,
+                r#"prompt was "a", now "b""#,
+                r#"template was not given, now "x""#
+            ]
         );
     }
 }

@@ -30,11 +30,23 @@ pub(super) fn run(folder: &Location, emitter: &mut Emitter<'_>) -> Result<Option
 }
 
 pub(super) fn no_image(folder: &Location) -> Error {
-    Error::Input {
-        input: folder.to_string(),
-        reason: "no image in it".to_owned(),
-        hint: "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp",
-    }
+    let (reason, hint) = match folder.local_path().is_some_and(has_shards) {
+        true => (
+            "no image in it, but shards",
+            "name the shards: FOLDER/*.tar, FOLDER/*.parquet, or a range such as 'FOLDER/{00000..00099}.tar'",
+        ),
+        false => ("no image in it", "images end in .jpg, .jpeg, .png, .webp, .gif or .bmp"),
+    };
+    Error::Input { input: folder.to_string(), reason: reason.to_owned(), hint }
+}
+
+/// Whether there are tars or Parquet files right in `folder`.
+fn has_shards(folder: &Path) -> bool {
+    let is_shard = |path: &Path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+        [".tar", ".tar.gz", ".tgz", ".parquet"].iter().any(|ending| name.ends_with(ending))
+    };
+    std::fs::read_dir(folder).is_ok_and(|entries| entries.flatten().any(|entry| is_shard(&entry.path())))
 }
 
 /// Whether there is no image below `folder`, on this machine, all of which can be read. Looks no further than the first image.

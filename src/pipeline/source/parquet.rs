@@ -102,7 +102,7 @@ fn damage(location: &Location, reader: &RangeReader, error: &ParquetError) -> Er
     reader.take_failure().unwrap_or_else(|| Error::Input {
         input: location.to_string(),
         reason: format!("the parquet file is damaged: {error}"),
-        hint: "fetch it again; --out has none of its rows",
+        hint: "fetch it again; its rows are in no file of --out",
     })
 }
 

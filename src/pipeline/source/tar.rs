@@ -48,12 +48,13 @@ pub(super) fn run(location: &Location, emitter: &mut Emitter<'_>) -> Result<Opti
         }
         Err(TarError::Run(error)) => Err(error),
         Err(TarError::Damaged(error)) => {
+            let or_none = if emitter.num_rows() == 0 { ", or it is none" } else { "" };
             emitter.abandon();
             // What the object store says is no damage of the tar.
             Ok(Some(error.downcast::<Error>().unwrap_or_else(|error| Error::Input {
                 input: location.to_string(),
-                reason: format!("the tar is damaged: {error}"),
-                hint: "fetch it again; --out has none of its rows",
+                reason: format!("the tar is damaged{or_none}: {error}"),
+                hint: "fetch it again; its rows are in no file of --out",
             })))
         }
     }

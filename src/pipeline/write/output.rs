@@ -162,6 +162,11 @@ impl Output {
         self.store_claims.as_ref().map_or(Ok(()), |claims| claims.wait_for_others(is_done))
     }
 
+    /// Whether a shard that another process had is finished by now. One whose failed rows are done again has its file all along.
+    pub(crate) fn is_finished(&self, shard: &str) -> bool {
+        !self.options.retry_failed && self.location(shard).exists().unwrap_or(false)
+    }
+
     /// The journal that an earlier run left, or a new one.
     fn journal(&self, shard: &str, identity: Option<&str>) -> Result<(Journal, HashMap<usize, u64>)> {
         let path = self.journal_path(shard);
