@@ -1,6 +1,5 @@
 //! What `run` and `profile` have in common: what the user typed about captions becomes validated options.
 
-use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -15,12 +14,12 @@ use crate::error::{Error, Result};
 use crate::model::memory_plan::{DeviceMemory, MemoryPlan, ModelSizes, Wanted};
 use crate::model::sequence::StopRule;
 use crate::model::{Bundle, Prompt, Tokenizer};
-use crate::pipeline::RunOptions;
 use crate::pipeline::engine::EngineOptions;
 use crate::pipeline::input::Input;
 use crate::pipeline::source;
 use crate::pipeline::vision::decoder_device;
 use crate::pipeline::write::Sink;
+use crate::pipeline::{RunOptions, joined};
 use crate::runtime::{self, Device, host, load_library};
 use crate::storage::{self, Policy};
 
@@ -60,9 +59,9 @@ pub(super) fn check<'a>(inputs: &[String], model: &Path, args: &'a CaptioningArg
     let bundle = Bundle::open(model)?;
     let tokenizer = thread::scope(|scope| {
         let tokenizer = scope.spawn(|| Tokenizer::open(&bundle.tokenizer_path()));
-        // It takes as long, and will be needed. What is wrong with it comes up then.
+        // Meanwhile, what will be needed next. What is wrong with it comes up then.
         let _ = load_library();
-        tokenizer.join().unwrap_or_else(|panic| resume_unwind(panic))
+        joined(tokenizer)
     })?;
     let prompt = Prompt::build(&args.prompt, args.template.as_ref(), &bundle.manifest.prompt, &tokenizer)?;
     let stop_rule = StopRule {

@@ -101,7 +101,7 @@ impl Input {
     }
 
     /// The kind that the name tells, or the location back.
-    fn by_name(location: Location) -> Result<Self, Location> {
+    pub(crate) fn by_name(location: Location) -> Result<Self, Location> {
         let name = location.file_name().to_ascii_lowercase();
         if [".tar", ".tar.gz", ".tgz"].iter().any(|suffix| name.ends_with(suffix)) {
             return Ok(Self::Tar(location));

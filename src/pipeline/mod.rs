@@ -174,7 +174,7 @@ pub fn load_model(options: RunOptions) -> Result<LoadedRun> {
 }
 
 /// What a thread of a scope gives; its panic goes on here.
-fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+pub(crate) fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::ops::Range;
 
 use super::{Blocks, COLUMNS, Dot, ROWS, Step, Sums, Tile, with_rows};
-use crate::quantize::EIGHT;
+use crate::quantize::{EIGHT, LINE};
 use crate::simd::avx512::Avx512;
 
 impl Dot for Avx512 {
@@ -29,9 +29,6 @@ pub(crate) fn block_rows(rows: usize) -> usize {
         _ => ROWS_IN_REGISTERS,
     }
 }
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 impl Avx512 {
     /// [`Simd::sum_blocks`](crate::simd::Simd::sum_blocks).

@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::pipeline::input::is_image_extension;
+use crate::pipeline::input::{Input, is_image_extension};
 use crate::pipeline::source::emitter::Emitter;
 use crate::pipeline::source::{FileShards, stem};
 use crate::storage::{Location, Object};
@@ -42,11 +42,8 @@ pub(super) fn no_image(folder: &Location) -> Error {
 
 /// Whether there are tars or Parquet files right in `folder`.
 fn has_shards(folder: &Path) -> bool {
-    let is_shard = |path: &Path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        [".tar", ".tar.gz", ".tgz", ".parquet"].iter().any(|ending| name.ends_with(ending))
-    };
-    std::fs::read_dir(folder).is_ok_and(|entries| entries.flatten().any(|entry| is_shard(&entry.path())))
+    let is_shard = |path: PathBuf| matches!(Input::by_name(path.into()), Ok(Input::Tar(_) | Input::Parquet(_)));
+    std::fs::read_dir(folder).is_ok_and(|entries| entries.flatten().any(|entry| is_shard(entry.path())))
 }
 
 /// Whether there is no image below `folder`, on this machine, all of which can be read. Looks no further than the first image.
